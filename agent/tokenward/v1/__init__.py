@@ -1,0 +1,1 @@
+"""Generated from `protos/tokenward/v1`; `python -m tests.generate` makes it anew, and a test finds drift."""
