@@ -210,12 +210,12 @@ class Issued:
     values: Mapping[str, Secret]
     issued: Instant
     expires: Instant
+    renewed: Instant | None = None
+    """When the lease was last prolonged; None before the first time."""
     wall_bound: bool = False
     """True when the expiry is written into the credential (JWT, certificate): the wall clock then ends it too."""
     refresh_s: float | None = None
     """Seconds after which to look again where that is not a share of the lifetime (KV polling)."""
-    revision: str = ""
-    """The vault's own mark of this value where it has one: the same mark again means the same value."""
     lease: Lease | None = None
     exchanged: Exchanged | None = None
     vault_request_id: str = ""
@@ -231,8 +231,14 @@ class Version:
 
     number: int
     issued: Issued
-    due_mono: float
-    """When to replace or renew it, drawn once for this version."""
+    since: Instant
+    """When this value was first there; `issued.issued` moves on when the same value is read again."""
+    draw: float
+    """The random fraction in [0, 1) that spreads this version's refreshes, drawn once."""
+    due: Instant
+    """When to replace or renew it."""
+    fingerprint: str
+    """Keyed hash of the values, for the record; never the values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +246,7 @@ class Served:
     """What the store answers: the current version, the one before while it overlaps, and whether we are late."""
 
     key: Key
+    kind: str
     current: Version
     previous: Version | None = None
     retire: Instant | None = None

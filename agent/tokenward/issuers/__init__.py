@@ -1,0 +1,5 @@
+"""One module per kind of credential; `Issuers` picks the one for a grant."""
+
+from tokenward.issuers.issuers import Issuers
+
+__all__ = ["Issuers"]
