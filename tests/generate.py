@@ -14,12 +14,14 @@ PROTOS = ("tokenward/v1/credentials.proto", "tokenward/v1/status.proto")
 def generate(into: Path) -> None:
     """Writes the stubs and their type stubs below `into`. Raises RuntimeError when protoc refuses."""
     well_known = Path(protoc.__file__).parent / "_proto"
+    programs = Path(sys.executable).parent
     arguments = [
         "protoc",
         f"-I{ROOT / 'protos'}",
         f"-I{well_known}",
         f"--python_out={into}",
         f"--grpc_python_out={into}",
+        *(f"--plugin=protoc-gen-{name}={programs / f'protoc-gen-{name}'}" for name in ("mypy", "mypy_grpc")),
         f"--mypy_out={into}",
         f"--mypy_grpc_out={into}",
         *PROTOS,

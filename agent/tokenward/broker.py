@@ -132,6 +132,7 @@ class Broker:
     # -- flights ------------------------------------------------------------------------------------------------
 
     def _depart(self, key: Key) -> asyncio.Task[Served]:
+        _log.debug("asking the vault for %s", key)
         flight = asyncio.get_running_loop().create_task(self._fly(key), name=f"fetch {key}")
         self._flights[key] = flight
         flight.add_done_callback(_note_outcome)
@@ -154,6 +155,7 @@ class Broker:
             self.changed.set()
         self._revoke(key, ended)
         served = self._store.live(key, self._clock.now())
+        _log.debug("have %s", key)
         if served is None:
             raise UnavailableError(Reason.EXPIRED, f"the vault gave a value for {key} that had already expired")
         self._watchers.publish(key, served)

@@ -32,13 +32,17 @@ class SpiffeId:
         if scheme.lower() != "spiffe" or not separator:
             raise ValueError("a SPIFFE ID begins with spiffe://")
         trust_domain, _, path = rest.partition("/")
-        return cls.of(trust_domain.lower(), "/" + path)
+        if trust_domain.isascii():  # other letters may fall into ASCII when lowered, such as the Kelvin sign
+            trust_domain = trust_domain.lower()
+        return cls.of(trust_domain, "/" + path)
 
     @classmethod
     def of(cls, trust_domain: str, path: str) -> Self:
         """The ID of `path` (with its leading slash) in `trust_domain`. Raises ValueError."""
         verify_trust_domain(trust_domain)
-        segments = path.split("/")[1:]
+        root, *segments = path.split("/")
+        if root or not segments:
+            raise ValueError("a SPIFFE ID's path begins with a slash")
         for segment in segments:
             if segment in {".", ".."} or not _SEGMENT.fullmatch(segment):
                 raise ValueError("a SPIFFE ID's path has segments of A-Z a-z 0-9 . _ -, none empty, '.' or '..'")

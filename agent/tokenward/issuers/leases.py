@@ -9,13 +9,12 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-import msgspec
-
 from tokenward.core.model import Instant, Issued, Policy, VaultToken
 from tokenward.core.schedule import capped, is_worth_renewing
 from tokenward.errors import TokenwardError, VaultDeniedError
 from tokenward.vault.client import VaultClient, VaultRequest
 from tokenward.vault.exchange import Exchange
+from tokenward.vault.keeper import NoData
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class Leases:
     async def _renew_lease(self, lease_id: str, token: VaultToken, life_s: float) -> float:
         reply = await self._client.call(
             VaultRequest("PUT", "sys/leases/renew", {"lease_id": lease_id, "increment": round(life_s)}),
-            into=msgspec.Raw,
+            into=NoData,
             auth=token.token,
         )
         return float(reply.lease_duration)

@@ -1,0 +1,182 @@
+"""One vault address: a request's bytes out, a bounded answer back, in bounded time. The one user of hvac.
+
+Owns the hardening of hvac and requests: no token but the one given, no redirect, proxy, netrc or cookie, no content
+encoding. `connections` bounds what comes back; `client` knows which address to ask, and `reply` what the answer means.
+Invariant: `send` never raises for what the network or the vault did; it says so in `Unusable`.
+
+hvac's adapter is used, not its client: `hvac.Client` would read VAULT_TOKEN and ~/.vault-token.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import socket
+import ssl
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from http.cookiejar import DefaultCookiePolicy
+from urllib.parse import quote
+
+import requests
+import urllib3
+from hvac.adapters import RawAdapter
+
+from tokenward.vault.connections import ReplyTooLongError, Server, TlsFiles
+
+_CHUNK_BYTES = 64 * 1024
+_HEADER_VALUE = re.compile(r"[!-~](?:[ -~]*[!-~])?")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A complete HTTP answer. `retry_after` and `index` are headers, empty when absent."""
+
+    status: int
+    body: bytes
+    retry_after: str = ""
+    index: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """There was no answer that could be used, and `why`, in words of ours, to follow the address in a sentence."""
+
+    why: str
+    sent: bool
+    """Whether the vault may have seen, and done, what was asked."""
+    refused: bool = False
+    """Whether something did come, and was refused for its size or form."""
+    broken: bool = False
+    """Whether the connection broke before any answer: an idle one that the vault closes just then does that."""
+
+
+class Transport:
+    """Sends requests to one address: `https://host:port`, `http://host:port` or `unix:///path`.
+
+    Safe to use from several threads. TLS files are read at the first use and again whenever they were replaced.
+    """
+
+    def __init__(self, *, address: str, tls: TlsFiles, max_reply_bytes: int, connections: int) -> None:
+        self.address = address
+        self._server = Server(address=address, tls=tls, max_reply_bytes=max_reply_bytes, connections=connections)
+        session = _Session()
+        session.trust_env = False
+        session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        session.headers = requests.structures.CaseInsensitiveDict(
+            {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "tokenward"}
+        )
+        session.adapters.clear()
+        session.mount("http", self._server)
+        base = "http://localhost" if address.startswith("unix:") else address.rstrip("/")
+        self._adapter = RawAdapter(base_uri=base, token="", session=session, allow_redirects=False)
+
+    def send(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str],
+        headers: Mapping[str, str],
+        body: bytes | None,
+        timeout_s: float,
+    ) -> Answer | Unusable:
+        """One request for `path` (raw text, without `/v1/`), tried once."""
+        if not all(map(_HEADER_VALUE.fullmatch, headers.values())):
+            return Unusable("was not asked: a token or namespace has characters that no header may have", sent=False)
+        try:
+            with self._adapter.request(
+                method,
+                "/v1/" + quote_path(path),
+                headers=dict(headers),
+                raise_exception=False,
+                params=dict(query),
+                data=body,
+                stream=True,
+                timeout=(timeout_s / 2, timeout_s),
+            ) as response:
+                return _read(response)
+        except ReplyTooLongError as error:
+            return Unusable(f"answered more than {error.max_bytes} bytes", sent=True, refused=True)
+        except (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
+            return _unusable(error)
+
+    def close(self) -> None:
+        """Closes what is idle at once, and what is in use when its answer is there."""
+        self._adapter.close()
+
+
+def quote_path(path: str) -> str:
+    """`path` for a URL. A second slash is percent-encoded: hvac would collapse `//`, as in a SPIFFE ID."""
+    return quote(path, safe="/:@!$&'()*+,;=-._~").replace("//", "/%2F")
+
+
+class _Session(requests.Session):
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """None: even when not followed, requests reads and inflates a redirect's whole body."""
+        del resp
+        return None
+
+
+# -- what came back ---------------------------------------------------------------------------------------------------
+
+
+def _read(response: requests.Response) -> Answer | Unusable:
+    """The body as it was sent: an encoding that we did not ask for is refused, never inflated."""
+    headers = response.headers
+    if headers.get("Content-Encoding", "identity").lower() != "identity":
+        return Unusable("answered with a content encoding that was not asked for", sent=True, refused=True)
+    body = b"".join(response.raw.stream(_CHUNK_BYTES, decode_content=False))
+    return Answer(
+        response.status_code,
+        body,
+        retry_after=headers.get("Retry-After", ""),
+        index=headers.get("X-Vault-Index", ""),
+    )
+
+
+def _unusable(error: BaseException) -> Unusable:
+    """Our own words for what went wrong: a library's text may quote the reply."""
+    causes = list(_causes(error))
+    before_sending = (
+        urllib3.exceptions.NewConnectionError,
+        urllib3.exceptions.ConnectTimeoutError,
+        ssl.SSLCertVerificationError,
+        requests.exceptions.InvalidURL,
+    )
+    sent = not any(isinstance(cause, before_sending) for cause in causes)
+    broken = sent and any(isinstance(cause, ConnectionError) for cause in causes)
+    return Unusable(_why(causes), sent=sent, broken=broken)
+
+
+def _why(causes: list[BaseException]) -> str:
+    for cause in causes:
+        match cause:
+            case ssl.SSLCertVerificationError():
+                said = cause.verify_message.rstrip(".")
+                return (
+                    f"showed a TLS certificate that is not trusted ({said}): check vault.ca_file, and that the address "
+                    "is a name in the vault's certificate"
+                )
+            case ssl.SSLError():
+                return f"failed in TLS ({cause.reason or 'no reason given'}): check the address, vault.ca_file and keys"
+            case socket.gaierror():
+                return f"has a name that cannot be resolved ({cause.strerror})"
+            case TimeoutError() | urllib3.exceptions.TimeoutError() | requests.Timeout():
+                return "did not answer in time"
+            case OSError(errno=int() as code, filename=str() as path):
+                return f"cannot be asked: {path}: {os.strerror(code)}"
+            case OSError(errno=int() as code):
+                return f"cannot be reached ({os.strerror(code)})"
+    return "broke off, or answered something that is not HTTP"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Every error in and behind `error`, the innermost first: urllib3 and requests wrap in three ways."""
+    inner: list[object] = [error.__cause__, error.__context__, getattr(error, "reason", None), *error.args]
+    for cause in inner:
+        if isinstance(cause, BaseException) and cause is not error:
+            yield from _causes(cause)
+            break
+    yield error

@@ -1,0 +1,316 @@
+"""The agent on a vault that was there before it, set up by `vault-setup`: exchange, refresh, revocation, trouble."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import psycopg
+import pytest
+from grpc_status import rpc_status
+
+from tests.agents import TOKENWARD, Process
+from tests.openbao import Bao
+from tests.postgres import Postgres
+from tokenward.client import Client
+from tokenward.errors import NotFoundError, Reason, TokenwardError, UnavailableError
+from tokenward.vault.client import VaultClient, VaultRequest
+from tokenward.vault.keeper import NoData
+
+CONFIG = """
+trust_domain = "test.example"
+
+[environment]
+name = "test"
+vault_paths = ["tests", "database/creds", "nowhere"]
+
+[listen]
+workload_socket = "{directory}/workload.sock"
+
+[vault]
+addresses = ["{vault}"]
+
+[vault.signing]
+key_file = "{directory}/signing.pem"
+
+[audit]
+file = "{directory}/audit.jsonl"
+
+[policies.short]
+overlap = "3s"
+max_ttl = "{max_ttl}"
+
+[workloads.connector]
+selectors = ["unix:uid:{uid}"]
+exchange = {{ method = "signed_jwt" }}
+
+[workloads.connector.credentials.api]
+kind = "kv"
+path = "tests/api"
+poll = "1s"
+
+[workloads.connector.credentials.cold]
+kind = "kv"
+path = "tests/cold"
+
+[workloads.connector.credentials.missing]
+kind = "kv"
+path = "tests/missing"
+
+[workloads.connector.credentials.db]
+kind = "leased"
+path = "database/creds/app"
+policy = "short"
+"""
+
+CREATE = """CREATE ROLE "{{name}}" WITH LOGIN PASSWORD '{{password}}' VALID UNTIL '{{expiration}}';"""
+REVOKE = [
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename='{{name}}';",
+    'DROP ROLE IF EXISTS "{{name}}";',
+]
+
+
+class Site:
+    """A vault with a database engine, a PostgreSQL behind it, and the files of one agent."""
+
+    def __init__(self, directory: Path, vault: Bao, postgres: Postgres, *, max_ttl: str = "60s") -> None:
+        self.directory = directory
+        self.vault = vault
+        self.postgres = postgres
+        self.config = directory / "tokenward.toml"
+        self.socket = str(directory / "workload.sock")
+        self.config.write_text(
+            CONFIG.format(directory=directory, vault=vault.address, uid=os.getuid(), max_ttl=max_ttl)
+        )
+        subprocess.run(
+            ["openssl", "ecparam", "-genkey", "-name", "prime256v1", "-noout", "-out", str(directory / "signing.pem")],
+            check=True,
+        )
+
+    async def admin(self, method: str, path: str, body: dict[str, object] | None = None) -> None:
+        """One call with all rights."""
+        client = VaultClient(addresses=[self.vault.address])
+        try:
+            await client.call(VaultRequest(method, path, body), into=NoData, auth=self.vault.admin_token)
+        finally:
+            await client.close()
+
+    def vault_setup(self, *arguments: str) -> str:
+        """`tokenward vault-setup` for this configuration, with the administrator's token on stdin."""
+        done = subprocess.run(
+            [TOKENWARD, "vault-setup", "--config", str(self.config), *arguments],
+            input=self.vault.admin_token.reveal(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def agent(self) -> Process:
+        return Process("run", "--config", str(self.config))
+
+    def logins(self) -> set[str]:
+        """The logins that the vault made in PostgreSQL and that are still there."""
+        with psycopg.connect(self.postgres.url()) as connection:
+            rows = connection.execute("SELECT rolname FROM pg_roles WHERE rolname LIKE 'v-%'").fetchall()
+        return {row[0] for row in rows}
+
+    def audit(self) -> list[dict[str, object]]:
+        return [json.loads(line)["record"] for line in (self.directory / "audit.jsonl").read_text().splitlines()]
+
+
+async def prepared(directory: Path, vault: Bao, postgres: Postgres, *, max_ttl: str = "60s", ttl: str = "6s") -> Site:
+    site = Site(directory, vault, postgres, max_ttl=max_ttl)
+    applied = site.vault_setup("--apply", "--token-file", "-")
+    assert "created" in applied
+    await site.admin("POST", "tests/data/api", {"data": {"api_key": "first", "retries": 3}})
+    await site.admin("POST", "tests/data/cold", {"data": {"token": "cold"}})
+    await site.admin("POST", "sys/mounts/database", {"type": "database"})
+    await site.admin(
+        "POST",
+        "database/config/pg",
+        {
+            "plugin_name": "postgresql-database-plugin",
+            "allowed_roles": ["app"],
+            "connection_url": f"postgresql://{{{{username}}}}:{{{{password}}}}@127.0.0.1:{postgres.port}/postgres",
+            "username": postgres.superuser,
+            "password": postgres.password,
+            "password_authentication": "scram-sha-256",
+        },
+    )
+    role = {"db_name": "pg", "default_ttl": ttl, "max_ttl": max_ttl, "creation_statements": [CREATE]}
+    await site.admin("POST", "database/roles/app", role | {"revocation_statements": REVOKE})
+    return site
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="tw-") as made:
+        yield Path(made)
+
+
+@pytest.fixture
+async def site(directory: Path, fresh_bao: Bao, postgres: Postgres) -> Site:
+    return await prepared(directory, fresh_bao, postgres)
+
+
+@pytest.fixture
+def agent(site: Site) -> Iterator[Process]:
+    with site.agent() as started:
+        started.wait_for_log("serving on")
+        yield started
+
+
+@pytest.fixture
+def client(site: Site, agent: Process) -> Iterator[Client]:
+    del agent
+    with Client(site.socket) as opened:
+        yield opened
+
+
+def until(condition, what: str, within_s: float = 20.0) -> None:  # type: ignore[no-untyped-def]
+    give_up = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < give_up, f"not within {within_s} s: {what}"
+        time.sleep(0.02)
+
+
+def test_fields_of_a_secret_arrive_as_text(client: Client) -> None:
+    values = client.get("api").values
+    assert (values["api_key"], values["retries"]) == ("first", "3")
+
+
+def test_a_thousand_callers_of_one_cold_credential_are_one_request_at_the_vault(site: Site, client: Client) -> None:
+    threads = 50
+    gate = threading.Barrier(threads)
+
+    def ask(_: int) -> set[str]:
+        gate.wait()
+        return {client.get("cold").values["token"] for _ in range(1000 // threads)}
+
+    with ThreadPoolExecutor(threads) as pool:
+        answers = set().union(*pool.map(ask, range(threads)))
+    assert answers == {"cold"}
+    reads = [request for request in site.vault.requests() if request["path"] == "tests/data/cold"]
+    assert len(reads) == 1 + 1, "written once by the test, read once by the agent"
+
+
+async def test_a_changed_secret_reaches_those_who_watch(site: Site, client: Client) -> None:
+    handle = client.credential("api")
+    assert handle.value["api_key"] == "first"
+    await site.admin("POST", "tests/data/api", {"data": {"api_key": "second"}})
+    until(lambda: handle.value["api_key"] == "second", "the new value")
+    assert handle.credential.version == 2
+    assert handle.credential.previous is not None
+    assert handle.credential.previous.values["api_key"] == "first"
+
+
+def test_a_missing_secret_says_so(client: Client) -> None:
+    with pytest.raises(NotFoundError) as caught:
+        client.get("missing")
+    assert caught.value.reason is Reason.SECRET_NOT_FOUND
+    assert "tests/data/missing" in caught.value.public
+
+
+def test_status_details_are_those_that_any_client_reads(site: Site, agent: Process) -> None:
+    from google.rpc import error_details_pb2
+
+    from tokenward.v1 import credentials_pb2 as pb
+    from tokenward.v1 import credentials_pb2_grpc as rpc
+
+    del agent
+    with grpc.insecure_channel(f"unix:{site.socket}") as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            rpc.CredentialServiceStub(channel).GetCredential(pb.GetCredentialRequest(name="nope"))
+        status = rpc_status.from_call(caught.value)
+    assert status is not None
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    assert (info.domain, info.reason) == ("tokenward", "NOT_GRANTED")
+
+
+def test_a_database_login_works_is_renewed_replaced_and_gone_in_the_end(site: Site, client: Client) -> None:
+    """The lease lives 6 s and can be prolonged to 60; the login is replaced well before."""
+    handle = client.credential("db")
+    first = handle.value["username"]
+    logins = set()
+    failures = []
+    give_up = time.monotonic() + 15
+    while time.monotonic() < give_up:
+        value = handle.value
+        logins.add(value["username"])
+        try:
+            with psycopg.connect(site.postgres.url(user=value["username"], password=value["password"])) as connection:
+                connection.execute("SELECT 1").fetchone()
+        except psycopg.Error as error:
+            failures.append(error)
+    assert failures == []
+    assert first in logins
+    assert site.logins() <= logins
+    events = [record["event"] for record in site.audit() if record.get("credential") == "db"]
+    assert "renew" in events
+
+
+def test_stopping_the_agent_leaves_no_login_behind(site: Site) -> None:
+    with site.agent() as agent, Client(site.socket) as client:
+        agent.wait_for_log("serving on")
+        username = client.get("db").values["username"]
+        assert username in site.logins()
+        assert agent.stop() == 0
+    assert username not in site.logins()
+    assert [record["event"] for record in site.audit()][-2:] == ["revoke", "stop"]
+
+
+def test_a_vault_that_is_away_at_start_is_waited_for(site: Site) -> None:
+    """The agent starts, says why it is not ready, tells callers, and serves once the vault is there."""
+    socket = Path(site.vault.address.removeprefix("unix://"))
+    away = socket.rename(socket.with_suffix(".away"))
+    with site.agent() as agent, Client(site.socket) as client:
+        agent.wait_for_log("not ready: ")
+        began = time.monotonic()
+        with pytest.raises(UnavailableError) as caught:
+            client.get("api")
+        assert time.monotonic() - began < 6
+        assert caught.value.reason is Reason.VAULT_UNREACHABLE
+        away.rename(socket)
+        agent.wait_for_log("ready again")
+
+        def served() -> bool:
+            try:
+                return client.get("api").values["api_key"] == "first"
+            except TokenwardError:
+                return False
+
+        until(served, "a value from the vault that is back")
+
+
+def test_a_second_agent_on_the_same_socket_names_the_first(site: Site, agent: Process, directory: Path) -> None:
+    other = directory / "other.toml"
+    other.write_text(site.config.read_text().replace("audit.jsonl", "other.jsonl"))
+    again = subprocess.run([TOKENWARD, "run", "--config", str(other)], capture_output=True, text=True, check=False)
+    assert again.returncode == 1
+    assert str(agent.pid) in again.stderr
+
+
+def test_setting_up_again_changes_nothing(site: Site) -> None:
+    again = site.vault_setup("--apply", "--token-file", "-")
+    assert "created" not in again
+    assert "corrected" not in again
+    assert "unchanged" in again
+    assert site.vault.admin_token.reveal() not in again
+
+
+def test_without_apply_the_plan_is_printed_and_nothing_is_made(site: Site) -> None:
+    before = len(site.vault.requests())
+    plan = site.vault_setup()
+    assert "tests/data/api" in plan
+    assert len(site.vault.requests()) == before

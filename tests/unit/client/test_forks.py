@@ -1,0 +1,28 @@
+"""The list of gRPC's threads that a fork waits for."""
+
+import subprocess
+import sys
+
+_SCRIPT = """
+import time
+import grpc
+from tokenward.client import forks
+
+assert not forks._core_runs()
+channel = grpc.insecure_channel("unix:/nowhere")
+assert forks._core_runs(), "a running core is not seen"
+channel.close()
+del channel
+end = time.monotonic() + 10
+while forks._core_runs():
+    assert time.monotonic() < end, "a stopped core is not seen"
+    time.sleep(0.002)
+"""
+
+
+def test_the_core_is_seen_to_run_and_to_stop() -> None:
+    """Pins the names of gRPC's threads: a release that renames them would silently bring back forks of a live core.
+
+    In a process of its own, where nobody else uses gRPC.
+    """
+    subprocess.run([sys.executable, "-c", _SCRIPT], check=True, timeout=30)
