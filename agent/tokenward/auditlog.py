@@ -87,7 +87,7 @@ class AuditLog:
         keyed = hmac.new(self._fingerprint_key, digestmod=sha256)
         for name, value in sorted(values.items()):
             for part in (name, value.reveal()):
-                data = part.encode()
+                data = part.encode("utf-8", "surrogatepass")
                 keyed.update(len(data).to_bytes(8, "big") + data)
         return keyed.hexdigest()[:16]
 

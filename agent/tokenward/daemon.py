@@ -20,11 +20,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from tokenward.attest.attestor import Attestor
+from tokenward.attest.platform import Platform, platform_of, unknown
 from tokenward.auditlog import AuditLog
 from tokenward.broker import Broker
 from tokenward.clock import Clock, SystemClock
-from tokenward.config import CertLogin, Config, Listen, Vault
+from tokenward.config import CertLogin, Config, JwtLogin, KubernetesLogin, Listen, Vault
 from tokenward.core.audit import Record
+from tokenward.core.model import PlatformJwt
 from tokenward.core.schedule import backoff_s
 from tokenward.core.store import Store
 from tokenward.errors import ConfigError, Problem, Reason, TokenwardError
@@ -36,7 +38,7 @@ from tokenward.serve.listener import Listener, bind, from_systemd
 from tokenward.v1 import credentials_pb2, credentials_pb2_grpc
 from tokenward.vault.client import State, VaultClient
 from tokenward.vault.exchange import Exchange
-from tokenward.vault.login import AgentSession
+from tokenward.vault.login import AgentSession, read_token
 from tokenward.vault.setup import agent_spiffe_id
 from tokenward.vault.signer import Signer
 from tokenward.watchers import Watchers
@@ -117,7 +119,7 @@ async def _build(config: Config, signer: Signer | None, closing: AsyncExitStack)
 
     listening = _listen(config.listen)  # before there are threads: it sets the umask
     closing.callback(listening.close)
-    inner = _inner_socket(config.listen.workload_socket, closing)
+    inner = _inner_socket(config.listen.runtime_dir, closing)
 
     vault = config.vault
     signer = signer or signer_of(vault)
@@ -136,7 +138,13 @@ async def _build(config: Config, signer: Signer | None, closing: AsyncExitStack)
     broker = Broker(store=store, issuers=issuers, watchers=watchers, audit=audit, clock=clock)
     refresher = Refresher(store=store, broker=broker, watchers=watchers, clock=clock)
 
-    attestor = Attestor(workloads=config.workloads.values(), reattest_s=config.attestation.reattest_s)
+    platform = _platform(config)
+    attestor = Attestor(
+        workloads=config.workloads.values(),
+        platform=platform.selectors,
+        platform_unreadable=platform.unreadable,
+        reattest_s=config.attestation.reattest_s,
+    )
     limits = DoorLimits.within(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     door = FrontDoor(listener=listening.socket, inner_path=inner, attestor=attestor, limits=limits)
     closing.callback(door.close)
@@ -207,15 +215,27 @@ def signer_of(vault: Vault) -> Signer | None:
         raise ConfigError((Problem(signing.key_file, 1, "vault.signing.key_file", expected),)) from error
 
 
-def _inner_socket(workload_socket: str, closing: AsyncExitStack) -> str:
-    """The path of grpcio's own socket, in a directory beside the public one that only the agent can enter."""
-    directory = os.path.join(os.path.dirname(workload_socket), "inner")
+def _platform(config: Config) -> Platform:
+    """Where the agent runs, by the pod's token if there is one."""
+    files = [each.exchange.token_file for each in config.workloads.values() if isinstance(each.exchange, PlatformJwt)]
+    if isinstance(config.vault.login, JwtLogin | KubernetesLogin) and config.vault.login.token_file:
+        files.append(config.vault.login.token_file)
+    if not files:
+        return unknown("the configuration names no projected token")
+    try:
+        return platform_of(read_token(files[0]).reveal())
+    except TokenwardError as error:
+        return unknown(error.public)
+
+
+def _inner_socket(directory: str, closing: AsyncExitStack) -> str:
+    """The path of grpcio's own socket, in a directory that only the agent can enter."""
     with suppress(FileExistsError):
         os.mkdir(directory, 0o700)
     found = os.lstat(directory)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
         expected = f"{directory} must be a directory of the agent's own user with mode 0700; remove it"
-        raise ConfigError((Problem(directory, 1, "listen.workload_socket", expected),))
+        raise ConfigError((Problem(directory, 1, "listen.runtime_dir", expected),))
     path = os.path.join(directory, "grpc.sock")
     with suppress(FileNotFoundError):
         os.unlink(path)  # left by an agent that was killed; a live one was found when the public socket was bound

@@ -2,9 +2,9 @@
 
     python -m tests.fakes.prefork_app SOCKET CHILDREN [own-grpc]
 
-Parent and children print one JSON line when they have a fresh `get` and a handle's value, and one when the handle shows a
-later version. The parent goes on getting from two threads while it forks. With `own-grpc` the application also has a gRPC
-channel of its own, so that gRPC's core cannot stop before the fork.
+Parent and children print one JSON line when they have a fresh `get` and a handle's value, and one when the handle shows
+a later version. The parent goes on getting from two threads while it forks. With `own-grpc` the application also has a
+gRPC channel of its own, so that gRPC's core cannot stop before the fork.
 """
 
 from __future__ import annotations

@@ -59,6 +59,7 @@ class FakeVault:
     renewal_ttl_s: int = 300
     lies: deque[Callable[[Handler], None]] = field(default_factory=deque)
     requests: list[Seen] = field(default_factory=list)
+    connections: int = 0
     address: str = ""
     stopped: threading.Event = field(default_factory=threading.Event)
     _number: Iterator[int] = field(default_factory=lambda: itertools.count(1))
@@ -78,6 +79,10 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     vault: FakeVault
+
+    def setup(self) -> None:
+        super().setup()
+        self.vault.connections += 1
 
     def log_message(self, *args: Any) -> None:
         pass

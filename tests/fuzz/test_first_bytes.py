@@ -18,13 +18,17 @@ from tokenward.serve.listener import bind
 
 PIECES = st.one_of(
     st.binary(max_size=40),
-    st.sampled_from([PREFACE, PREFACE[:9], PREFACE[9:], b"GET / HTTP/1.1\r\n", b"\r\n\r\n", b"\n\n", b"Host: a\r\n"]),
+    st.integers(0, len(PREFACE)).map(lambda length: PREFACE[:length]),
+    st.integers(0, len(PREFACE)).map(lambda start: PREFACE[start:]),
+    st.sampled_from([PREFACE, b"GET / HTTP/1.1\r\n", b"\r\n\r\n", b"\n\n", b"Host: a\r\n"]),
     st.integers(1, 9000).map(lambda length: b"x" * length),
 )
 CHUNKS = st.lists(PIECES, max_size=6)
 
 
 @given(CHUNKS)
+@example([PREFACE[:-1], b"x"])
+@example([PREFACE[:16], b"\r\n"])
 @settings(max_examples=300, deadline=None)
 def test_a_judgement_does_not_change_with_more_bytes(chunks: list[bytes]) -> None:
     so_far, judged = b"", Verdict.UNDECIDED
@@ -93,6 +97,7 @@ async def say(path: str, chunks: list[bytes]) -> bytes:
 
 @given(st.lists(CHUNKS, min_size=1, max_size=8))
 @example([[PREFACE[:5], PREFACE[5:], b"frames"]])
+@example([[PREFACE[:16], b"\r\nxx"]])
 @example([[b"GET / HTTP/1.1\r\n", b"\r\n"]])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_nothing_but_a_whole_preface_reaches_the_server_and_the_door_stands(clients: list[list[bytes]]) -> None:

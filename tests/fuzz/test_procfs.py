@@ -1,8 +1,8 @@
-"""The parsers of /proc: any text is either understood or refused, and never believed beyond what its parents vouch for."""
+"""The parsers of /proc: any text is read or refused, and no name is believed that its parents do not vouch for."""
 
 from __future__ import annotations
 
-import re
+import contextlib
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,12 +72,12 @@ def test_what_a_user_makes_below_their_own_unit_is_never_believed(below: list[st
     assert selectors == {Selector("systemd:unit", "user@1000.service"), Selector("systemd:slice", "user-1000.slice")}
 
 
-@given(st.binary() | st.from_regex(re.compile(rb"\d+ \(.{0,15}\)( [^)]{1,5}){25}", re.DOTALL), fullmatch=True))
+@given(
+    st.binary() | st.lists(st.sampled_from([b"(", b")", b" ", b"1", b"-1", b"S", b"\n"]), max_size=60).map(b" ".join)
+)
 def test_any_stat_has_a_start_time_or_is_refused(stat: bytes) -> None:
-    try:
+    with contextlib.suppress(ValueError):
         assert parse_start_time(stat) >= 0
-    except ValueError:
-        pass
 
 
 @given(st.binary(max_size=15), st.integers(0, 2**63))

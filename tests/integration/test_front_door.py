@@ -44,6 +44,8 @@ OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 200),
 ]
+NEVER_S = 600.0
+"""For a limit of time that must not be what ends a connection."""
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 T = TypeVar("T")
 
@@ -574,8 +576,7 @@ FLOOD = """
 def test_ten_thousand_idle_connections_do_not_stop_a_caller_of_the_same_user(loop_name: str) -> None:
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     many = min(10_000, descriptors - 100)
-    within = DoorLimits.within(descriptors)
-    limits = dataclasses.replace(within, first_bytes_s=600.0)  # it is not their end that makes room
+    limits = dataclasses.replace(DoorLimits.within(descriptors), first_bytes_s=NEVER_S)
     with House(loop_name, limits=limits) as house:
         child = python(HOLD, house.public, str(many), PREFACE[:14].hex())
         assert line_of(child) == str(many)
@@ -605,7 +606,7 @@ def test_a_flood_of_garbage_does_not_stop_a_caller_of_the_same_user(loop_name: s
 @pytest.mark.skipif(os.geteuid() != 0, reason="a process of another user can only be started by root")
 def test_whole_prefaces_of_one_user_leave_room_for_others(loop_name: str) -> None:
     """These cannot be told from callers, so only their own user's share is gone."""
-    limits = DoorLimits(max_connections=40, max_connections_per_uid=20)
+    limits = DoorLimits(max_connections=40, max_connections_per_uid=20, first_bytes_s=NEVER_S)
     with House(loop_name, limits=limits) as house:
         child = python(HOLD, house.public, "300", (PREFACE + EMPTY_SETTINGS).hex(), user=4242)
         assert line_of(child) == "300"
@@ -616,7 +617,7 @@ def test_whole_prefaces_of_one_user_leave_room_for_others(loop_name: str) -> Non
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a process of another user can only be started by root")
 def test_when_all_places_are_taken_a_users_own_waiting_connection_goes_first(loop_name: str) -> None:
-    limits = DoorLimits(max_connections=10, max_connections_per_uid=8)
+    limits = DoorLimits(max_connections=10, max_connections_per_uid=8, first_bytes_s=NEVER_S)
     with House(loop_name, limits=limits) as house, contextlib.ExitStack() as clients:
         child = python(HOLD, house.public, "7", "", user=4242)
         assert line_of(child) == "7"
@@ -627,15 +628,27 @@ def test_when_all_places_are_taken_a_users_own_waiting_connection_goes_first(loo
         end(child)
 
 
+@pytest.mark.parametrize("limits", [(20, 1000), (1000, 20)], ids=["in-all", "per-uid"])
+def test_the_newest_silent_connections_stay_and_the_oldest_make_room(loop_name: str, limits: tuple[int, int]) -> None:
+    door_limits = DoorLimits(max_connections=limits[0], max_connections_per_uid=limits[1], first_bytes_s=NEVER_S)
+    with House(loop_name, limits=door_limits) as house, contextlib.ExitStack() as clients:
+        made = [clients.enter_context(house.connect()) for _ in range(30)]
+        for sent_away in made[:10]:
+            assert sent_away.recv(1) == b""
+        assert house.door.connections == 20
+        for kept in made[10:]:
+            kept.sendall(b"\0")
+            assert kept.recv(10_000).startswith(b"HTTP/1.1 400 ")
+
+
 def test_who_has_said_what_it_speaks_is_never_sent_away(loop_name: str) -> None:
-    limits = DoorLimits(max_connections=2, max_connections_per_uid=2)
+    limits = DoorLimits(max_connections=2, max_connections_per_uid=2, first_bytes_s=NEVER_S)
     with House(loop_name, limits=limits) as house, house.channel() as first, house.channel() as second:
-        for channel in (first, second):
-            assert channel.unary_unary("/test/Echo")(b"x", timeout=10) == b"x"
+        before = [channel.unary_unary("/test/Who")(b"", timeout=10) for channel in (first, second)]
         with house.connect() as third, contextlib.suppress(ConnectionResetError):
             assert third.recv(1) == b"", "there is no place, and nobody who could make one"
-        for channel in (first, second):
-            assert channel.unary_unary("/test/Echo")(b"x", timeout=10) == b"x"
+        after = [channel.unary_unary("/test/Who")(b"", timeout=10) for channel in (first, second)]
+        assert after == before, "still the same connections, by name"
 
 
 def open_descriptors() -> int:
@@ -643,12 +656,18 @@ def open_descriptors() -> int:
 
 
 def test_out_of_descriptors_the_door_pauses_and_recovers(loop_name: str) -> None:
-    limits = DoorLimits(max_connections=1000, max_connections_per_uid=1000)
+    limits = DoorLimits(max_connections=1000, max_connections_per_uid=1000, first_bytes_s=NEVER_S)
     with House(loop_name, limits=limits) as house:
         before = resource.getrlimit(resource.RLIMIT_NOFILE)
-        child = python(HOLD + "    sys.stdin.readline()\n", house.public, "100", "")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, before[1]))
+        child = python("sys.stdin.readline()" + textwrap.dedent(HOLD), house.public, "100", "")
+        assert child.stdin is not None
+        descriptors = list(map(int, os.listdir("/proc/self/fd")))
+        left = max(descriptors) + 20
+        left += (left - len(descriptors) + 1) % 2  # an even number: accept fails, and not the pidfd after it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (left, before[1]))
         try:
+            child.stdin.write("\n")
+            child.stdin.flush()
             assert line_of(child) == "100"
             busy = time.process_time()
             house.run(asyncio.sleep(0.5))

@@ -34,10 +34,8 @@ _RULES: Mapping[str, Parse[Any] | Each[Any]] = MappingProxyType(
         "reattest_s": values.duration(least_s=1),
         "refresh_at": values.refresh_share,
         "role": values.segment,
-        "runtime_dir": values.socket_directory,
         "scopes": Each(values.scope),
         "vault_paths": Each(values.vault_path, least=1),
-        "workload_socket": values.socket_path,
         "workload_socket_mode": values.file_mode,
     }
 )

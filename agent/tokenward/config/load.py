@@ -83,10 +83,7 @@ def _config(root: Table) -> Config | None:
         login=_login(vault_table),
         signing=_signing(vault_table, trust_domain),
     )
-    listen_table = root.child("listen")
-    listen = fill(listen_table, Listen) or Listen()
-    if listen.workload_socket.startswith(listen.runtime_dir + "/"):
-        listen_table.report("workload_socket", "is inside of runtime_dir, which callers cannot enter")
+    listen = _listen(root.child("listen"))
     reader = WorkloadReader(
         trust_domain=trust_domain or "unknown",
         environment=environment,
@@ -115,6 +112,17 @@ def _config(root: Table) -> Config | None:
         workloads=workloads,
         warnings=(*_vault_warnings(vault_table, vault), *reader.warnings),
     )
+
+
+def _listen(table: Table) -> Listen:
+    socket = table.take("workload_socket", values.socket_path, Listen().workload_socket)
+    beside = os.path.join(os.path.dirname(socket), "inner")
+    runtime_dir = table.take("runtime_dir", values.socket_directory, beside)
+    if socket.startswith(runtime_dir + "/"):
+        table.report("workload_socket", "is inside of runtime_dir, which callers cannot enter")
+    if runtime_dir == beside and len(beside.encode()) > values.MAX_SOCKET_DIRECTORY_BYTES:
+        table.report("workload_socket", "leaves no room for the longer path of a socket beside it; set runtime_dir")
+    return fill(table, Listen, workload_socket=socket, runtime_dir=runtime_dir) or Listen()
 
 
 def _login(vault: Table) -> Login | None:

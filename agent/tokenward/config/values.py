@@ -22,6 +22,9 @@ from tokenward.core.identity import Selector, verify_trust_domain
 MAX_SOCKET_PATH_BYTES = 107
 """What fits into sockaddr_un with its closing zero byte (unix(7))."""
 
+MAX_SOCKET_DIRECTORY_BYTES = MAX_SOCKET_PATH_BYTES - 17
+"""Leaves room for a name of 16 bytes after the slash."""
+
 _DURATION = re.compile(
     r"(?:([0-9]{1,9})d)?(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?(?:([0-9]{1,9})ms)?", re.ASCII
 )
@@ -34,6 +37,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}", re.ASCII)
 _VAULT_SEGMENT = re.compile(r"[A-Za-z0-9._@:=~-]+", re.ASCII)
 _SCOPE = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_NO_ADDRESS = 'expected an address such as "https://vault.example:8200" or "unix:///run/vault.sock"'
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", re.ASCII)
 
 _UNIT_SUFFIXES = (".service", ".scope", ".socket", ".mount", ".swap")
@@ -149,9 +153,9 @@ def socket_path(value: object) -> str:
 
 
 def socket_directory(value: object) -> str:
-    """An absolute path with 17 bytes to spare for the name of a socket in it."""
-    if len((path := absolute_path(value)).encode()) > MAX_SOCKET_PATH_BYTES - 17:
-        raise ValueError(f"expected a path of at most {MAX_SOCKET_PATH_BYTES - 17} bytes: a socket is made in it")
+    """An absolute path that leaves room for the name of a socket in it."""
+    if len((path := absolute_path(value)).encode()) > MAX_SOCKET_DIRECTORY_BYTES:
+        raise ValueError(f"expected a path of at most {MAX_SOCKET_DIRECTORY_BYTES} bytes: a socket is made in it")
     return path
 
 
@@ -211,14 +215,14 @@ def vault_address(value: object) -> str:
         return "unix://" + socket_path(given.removeprefix("unix://"))
     try:
         parts = urlsplit(given)
-        host, port = parts.hostname or "", parts.port
+        port = parts.port
     except ValueError:
-        host, port = "", None
+        raise ValueError(_NO_ADDRESS) from None
     bare = given.removesuffix("/")
     written = bare.partition("://")[2].rpartition(":")[0] if port else bare.partition("://")[2]
-    if not host or not _HOST.fullmatch(written) or parts.scheme not in {"https", "http"}:
-        raise ValueError('expected an address such as "https://vault.example:8200" or "unix:///run/vault.sock"')
-    if parts.scheme == "http" and not _is_loopback(host):
+    if not _HOST.fullmatch(written) or parts.scheme not in {"https", "http"}:
+        raise ValueError(_NO_ADDRESS)
+    if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
         raise ValueError("expected https://: plain http:// is taken only for a loopback address")
     return bare
 

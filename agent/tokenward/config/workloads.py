@@ -148,10 +148,7 @@ class WorkloadReader:
         )
 
     def _spiffe_id(self, value: object) -> SpiffeId:
-        path = values.text(value)
-        if not path.startswith("/"):
-            raise ValueError("expected a path that begins with /, such as /teams/billing")
-        return SpiffeId.of(self.trust_domain, path)
+        return SpiffeId.of(self.trust_domain, values.text(value))
 
     def _exchange(self, workload: Table, name: str) -> AnyExchange | None:
         table = workload.child("exchange")

@@ -33,7 +33,7 @@ class Secret:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Secret):
             return NotImplemented
-        return compare_digest(self.__value.encode(), other.reveal().encode())
+        return compare_digest(*(each.encode("utf-8", "surrogatepass") for each in (self.__value, other.reveal())))
 
     __hash__ = None  # type: ignore[assignment]  # a hash would let the value be confirmed by guessing
 

@@ -132,7 +132,7 @@ async def _news(watcher: Watcher, call: Call, told: Mapping[Key, State]) -> dict
 
 
 def _is_told(state: State, told: State) -> bool:
-    """Whether a watcher who was told `told` learns nothing from `state`: another failure of the same cause is no news."""
+    """Whether `state` is no news to who was told `told`: a failure of the same cause as before is none."""
     if isinstance(state, TokenwardError) and isinstance(told, TokenwardError):
         return state.reason == told.reason
     return state is told

@@ -20,7 +20,7 @@ from tokenward.attest import Attestor, Peer, peer_of, procfs
 from tokenward.attest.digests import Digests
 from tokenward.core.identity import Selector
 from tokenward.core.model import Attestation
-from tokenward.errors import AttestationError, DeniedError, Reason
+from tokenward.errors import DeniedError, Reason
 
 _PATH = os.path.realpath(sys.executable)
 _HASH = hashlib.sha256(Path(_PATH).read_bytes()).hexdigest()
@@ -144,12 +144,3 @@ async def test_a_hash_is_computed_once_and_survives_whoever_asked_first() -> Non
     assert first.cancelled()
     no_process = 0
     assert await digests.of(no_process, executable) == _HASH  # from memory: nothing could be read there
-
-
-async def test_a_hash_that_failed_is_tried_again() -> None:
-    digests = Digests()
-    executable = procfs.executable(os.getpid())
-    assert executable is not None
-    with pytest.raises(AttestationError):
-        await digests.of(0, executable)
-    assert await digests.of(os.getpid(), executable) == _HASH

@@ -206,6 +206,8 @@ async def test_a_refusal_is_short_whatever_the_caller_has(peer: Peer) -> None:
     error = await _refused(Caller(peer=many, attestor=CountingAttestor([])))
     assert len(error.public) < 1100
     assert "and 2998" in error.public
+    long = replace(peer, label="x" * 3000)
+    assert len((await _refused(Caller(peer=long, attestor=CountingAttestor([])))).public) < 1100
 
 
 async def test_two_matches_are_both_named(peer: Peer) -> None:

@@ -81,8 +81,9 @@ def test_only_an_exact_spelling_is_a_container(part: str) -> None:
     assert not pods.read(memberships, private=False).selectors
 
 
-def test_a_pod_within_a_pod_is_not_believed() -> None:
-    first, second = "pod" + "1" * 32, "pod" + "2" * 32
+@pytest.mark.parametrize("spelling", ["pod{}", "kubepods-pod{}.slice"])
+def test_a_pod_within_a_pod_is_not_believed(spelling: str) -> None:
+    first, second = spelling.format("1" * 32), spelling.format("2" * 32)
     reading = pods.read(parse_memberships(f"0::/kubepods/{first}/{second}/{_ID}\n"), private=False)
     assert not reading.selectors
     assert "another cgroup" not in reading.unreadable["container:id"]

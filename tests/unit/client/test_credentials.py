@@ -66,7 +66,6 @@ def test_no_way_of_showing_a_credential_shows_its_secrets() -> None:
         str(made),
         f"{made}",
         f"{made.values}",
-        "%s" % made.values,
         repr(Change(name="db", credential=made)),
     ):
         assert SECRET not in shown

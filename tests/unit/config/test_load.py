@@ -357,6 +357,21 @@ def test_rules_within_the_vault_section(part: str, instead: str, problem: str) -
     assert problems_of(BASE.replace(part, instead)) == [problem]
 
 
+def test_the_inner_socket_is_beside_the_workload_socket_unless_it_is_said_where() -> None:
+    text = BASE + '[listen]\nworkload_socket = "/run/t/w.sock"\n'
+    assert parse({"": text}).listen.runtime_dir == "/run/t/inner"
+    assert parse({"": text + 'runtime_dir = "/run/u"\n'}).listen.runtime_dir == "/run/u"
+
+
+def test_the_inner_socket_s_path_must_fit_as_well() -> None:
+    text = f'{BASE}[listen]\nworkload_socket = "/{"a" * 84}/w.sock"\n'
+    assert problems_of(text) == [
+        ":7 listen.workload_socket: leaves no room for the longer path of a socket beside it; set runtime_dir"
+    ]
+    assert parse({"": text + 'runtime_dir = "/run/u"\n'})
+    assert parse({"": text.replace("aa", "a", 1)})
+
+
 def test_the_workload_socket_cannot_be_where_callers_cannot_enter() -> None:
     text = BASE + '[listen]\nworkload_socket = "/run/t/w.sock"\nruntime_dir = "/run/t"\n'
     assert problems_of(text) == [":7 listen.workload_socket: is inside of runtime_dir, which callers cannot enter"]

@@ -53,7 +53,7 @@ def test_scheme_and_trust_domain_are_compared_without_case_and_the_path_with() -
     ],
 )
 def test_anything_else_is_no_spiffe_id(text: str) -> None:
-    with pytest.raises(ValueError, match="SPIFFE ID|trust domain"):
+    with pytest.raises(ValueError, match=r"SPIFFE ID|trust domain"):
         SpiffeId.parse(text)
 
 

@@ -180,6 +180,16 @@ def test_a_path_that_is_too_long_for_a_socket_is_refused(tmp_path: Path) -> None
     assert os.listdir(tmp_path) == []
 
 
+def test_while_another_agent_judges_the_old_socket_it_is_left_alone(path: str) -> None:
+    leave_stale_socket(path)
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another agent is starting" in refused(path)
+    assert os.path.exists(path)
+    bind(path).close()  # a lock file that nobody holds is no obstacle
+    assert os.listdir(os.path.dirname(path)) == []
+
+
 def test_of_many_agents_that_start_at_once_one_gets_the_socket(path: str) -> None:
     """All find the same stale file; whoever says it listens must be reachable at the path."""
     program = f"""

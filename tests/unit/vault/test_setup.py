@@ -273,6 +273,11 @@ def test_a_certificate_role_signs_the_name_under_which_the_caller_logged_in() ->
     assert body["not_after_bound"] == "ttl-limited"
 
 
+def test_a_certificate_is_not_stored_so_that_standbys_can_sign_it() -> None:
+    body = steps(configured(workload("app", X509)))["pki/roles/svid"].body
+    assert (body["no_store"], body["generate_lease"]) == (True, False)
+
+
 def test_a_certificate_role_lasts_as_long_as_its_longest_grant() -> None:
     config = configured(workload("app", X509[:-1] + ', ttl = "30m" }'), workload("bot", X509, uid=2))
     body = steps(config)["pki/roles/svid"].body

@@ -125,10 +125,8 @@ def _resolved(body: Mapping[str, object], accessors: Mapping[str, str]) -> dict[
 
 
 def _plain(value: object) -> object:
-    """`value` as it compares: the vault sorts lists, trims texts, and answers nothing, null or zero for "not set"."""
+    """`value` as it compares: the vault sorts lists, and answers nothing, null or zero for "not set"."""
     match value:
-        case str():
-            return value.strip() or None
         case list():
             return sorted(map(_plain, value), key=str) or None
         case dict():

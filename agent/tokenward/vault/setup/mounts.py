@@ -120,7 +120,6 @@ def certificates(config: Config) -> Iterator[Step]:
             },
             read=f"{mount}/issuers",
             read_method="LIST",
-            is_fixed=True,
         )
     for path, used_by in users.items():
         mount, role = split(path, "/sign/")
