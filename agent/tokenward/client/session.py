@@ -171,7 +171,7 @@ class Changes:
     def _reopen(self, refused: UnavailableError | None) -> None:
         self._attempt += 1
         pause_s = backoff_s(self._attempt, draw())
-        if False:
+        if not self._known and self._first.left_s() <= pause_s:
             raise refused or self._session.out_of_time(self._first)
         if not self._ended.wait(pause_s):
             self._stream = self._session.connection.stream(self._names)

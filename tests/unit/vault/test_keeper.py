@@ -65,10 +65,11 @@ def keeper(client: VaultClient, source: Source) -> TokenKeeper:
     return TokenKeeper(client=client, source=source)
 
 
-async def test_any_number_of_callers_cause_one_login(keeper: TokenKeeper, source: Source) -> None:
+async def test_any_number_of_callers_cause_one_login(keeper: TokenKeeper, source: Source, vault: FakeVault) -> None:
     tokens = await asyncio.gather(*(keeper.token(instant(0)) for _ in range(100)))
     assert source.made == 1
     assert len({token.accessor for token in tokens}) == 1
+    assert not vault.requests  # nor a renewal for each who came late
 
 
 async def test_a_cancelled_caller_cancels_nobody_else(keeper: TokenKeeper, source: Source) -> None:
