@@ -82,12 +82,11 @@ def watch(socket: str | None, names: tuple[str, ...]) -> None:
     """Print a line of JSON for each change of the credentials NAMES, or of all that are granted. Never a value."""
     with Client(socket) as client:
         for change in client.watch(names):
-            if isinstance(change, Credential):
-                click.echo(_as_json(change, fields=()))
-            else:
-                click.echo(
-                    json.dumps({"name": change.name, "reason": change.error.reason, "message": change.error.public})
-                )
+            if change.credential is not None:
+                click.echo(_as_json(change.credential, fields=()))
+            elif change.error is not None:
+                told = {"name": change.name, "reason": change.error.reason, "message": change.error.public}
+                click.echo(json.dumps(told))
 
 
 @cli.command()

@@ -46,8 +46,11 @@ class FakeAgent:
         self.watches: list[tuple[str, ...]] = []
         """The names of each watch that was opened, in order."""
         self.get_delay_s = 0.0
+        self.abandoned = 0
+        """How many gets their callers gave up while they were delayed."""
         self._changed = threading.Condition()
         self._states: dict[str, pb.CredentialState] = {}
+        self._errors: dict[str, TokenwardError] = {}
         self._refusal: TokenwardError | None = None
         self._raw: tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]] | None = None
         self._server: grpc.Server | None = None
@@ -72,8 +75,8 @@ class FakeAgent:
 
     def fail(self, name: str, error: TokenwardError) -> None:
         """Has `name` be granted, but without a value, because of `error`."""
+        self._errors[name] = error
         self._set(name, pb.CredentialState(name=name, problem=problem_of(error)))
-        self._errors = {**getattr(self, "_errors", {}), name: error}
 
     def withdraw(self, name: str) -> None:
         """Has `name` not be granted any more: every watch of it ends with PERMISSION_DENIED."""
@@ -190,6 +193,7 @@ class _Credentials(rpc.CredentialServiceServicer):
         end_mono = time.monotonic() + self._agent.get_delay_s
         while context.is_active() and time.monotonic() < end_mono:
             time.sleep(0.005)
+        self._agent.abandoned += not context.is_active()
         return pb.GetCredentialResponse(credential=self._agent.state(request.name, context).credential)
 
     def WatchCredentials(

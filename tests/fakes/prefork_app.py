@@ -19,6 +19,7 @@ import time
 import grpc
 
 from tokenward import Client, CredentialHandle
+from tokenward.client import forks
 from tokenward.v1 import credentials_pb2 as pb
 from tokenward.v1 import credentials_pb2_grpc as rpc
 
@@ -30,16 +31,19 @@ def say(event: str, **facts: object) -> None:
 
 
 def use(client: Client, handle: CredentialHandle, role: str) -> None:
-    before = handle.version
-    say("ready", role=role, got=client.get("other").version, value=handle.value["password"], version=before)
+    before = handle.value["password"]
+    say("ready", role=role, got=client.get("other").version, value=before)
     end_mono = time.monotonic() + _PATIENCE_S
-    while handle.version == before and time.monotonic() < end_mono:
+    while handle.value["password"] == before and time.monotonic() < end_mono:
         time.sleep(0.005)
-    say("rotated" if handle.version > before else "stuck", role=role, version=handle.version)
+    say("stuck" if handle.value["password"] == before else "rotated", role=role)
 
 
 def main(socket: str, children: int, own_grpc: bool) -> int:
     signal.alarm(60)
+    core_ran: list[bool] = []
+    # Hooks before a fork run in the reverse order of their registration: this one after the client's.
+    os.register_at_fork(before=lambda: core_ran.append(forks._core_runs()))
     if own_grpc:
         channel = grpc.insecure_channel(f"unix:{socket}")
         rpc.CredentialServiceStub(channel).ListGrants(pb.ListGrantsRequest())
@@ -66,7 +70,7 @@ def main(socket: str, children: int, own_grpc: bool) -> int:
             use(client, handle, "child")
             client.close()
             os._exit(0)
-        say("forked", child=pid, took_s=time.monotonic() - began_mono)
+        say("forked", child=pid, core_ran=core_ran[-1], took_s=time.monotonic() - began_mono)
         pids.append(pid)
     use(client, handle, "parent")
     done.set()

@@ -395,6 +395,22 @@ def test_a_closed_client_leaves_no_thread_no_value_and_says_so(agent: FakeAgent)
             use()
 
 
+def test_closing_waits_for_a_callback_that_still_runs(agent: FakeAgent) -> None:
+    client = Client(agent.path)
+    running, finished = threading.Event(), threading.Event()
+
+    def slow(change: Change) -> None:
+        running.set()
+        time.sleep(0.2)  # not to synchronise: it is what takes long
+        finished.set()
+
+    client.credential("db").on_change(slow)
+    assert running.wait(5)
+    client.close()
+    assert finished.is_set()
+    assert not watch_threads()
+
+
 def test_a_forgotten_client_ends_its_thread(agent: FakeAgent) -> None:
     Client(agent.path).credential("db").value  # noqa: B018 -- a use that leaves the client to the collector
     gc.collect()
@@ -434,6 +450,9 @@ def test_parent_and_forked_children_go_on_each_with_a_connection_of_its_own(agen
     assert events[-1]["codes"] == [0] * children
     assert events[-1]["failures"] == []
     assert {event["pid"] for event in ready} <= set(agent.peers)
+    forked = [event for event in events if event["event"] == "forked"]
+    assert own_grpc or not any(event["core_ran"] for event in forked)
+    assert max(event["took_s"] for event in forked) < 2.0
 
 
 # -- asyncio ---------------------------------------------------------------------------------------------------------
@@ -476,7 +495,8 @@ async def test_a_cancelled_async_get_cancels_the_call(agent: FakeAgent) -> None:
     async with AsyncClient(agent.path) as client:
         with suppress(TimeoutError):
             async with asyncio.timeout(0.2):
-                await client.get("db")
+                await client.get("db", timeout_s=20)
+        await until(lambda: agent.abandoned == 1)
         agent.get_delay_s = 0.0
         assert (await client.get("db")).version == 1
 

@@ -47,10 +47,7 @@ def is_private(directory: str) -> bool:
 
 def _parse(text: str, source: str) -> str:
     path = text.removeprefix("unix:")
-    if path != text and path.startswith("//"):
-        path = path[2:]
-    scheme, separator, _ = path.partition(":")
-    if not path or "\0" in path or (separator and "/" not in scheme and path.startswith(f"{scheme}://")):
+    if not path or "\0" in path or "://" in path:
         raise InvalidRequestError(f"{source} must be the path of a Unix socket, such as {SYSTEM_SOCKET}, not {text!r}")
     path = os.path.abspath(path)
     if len(os.fsencode(path)) > _LONGEST_PATH:

@@ -7,16 +7,18 @@ before the answer, for a denial too; when it cannot be written, the caller gets 
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import grpc
+from msgspec.structs import replace
 
 from tokenward.attest.caller import Attested
 from tokenward.auditlog import AuditLog
 from tokenward.clock import Clock
 from tokenward.core.audit import Peer, Record
-from tokenward.core.model import AnyGrant, Process, Served
+from tokenward.core.model import AnyGrant, Served
 from tokenward.core.policy import granted
 from tokenward.errors import DeniedError, Reason, TokenwardError, UnavailableError
 from tokenward.serve.front_door import FrontDoor
@@ -35,7 +37,7 @@ class Call:
     Use as `async with Call(...) as call:` around the whole handler.
     """
 
-    __slots__ = ("_attested", "_audit", "_clock", "_context", "_credential", "_door", "_event")
+    __slots__ = ("_audit", "_clock", "_context", "_door", "_record")
 
     def __init__(
         self,
@@ -48,18 +50,22 @@ class Call:
         credential: str = "",
     ) -> None:
         self._context = context
-        self._event = event
         self._door = door
         self._audit = audit
         self._clock = clock
-        self._credential = credential[:_MAX_RECORDED_NAME]
-        self._attested: Attested | None = None
+        self._record = Record(event=event, credential=credential[:_MAX_RECORDED_NAME])
 
     async def attest(self) -> Attested:
         """Who is calling, as of now. Raises DeniedError or AttestationError."""
         caller = self._door.caller(self._context.peer())
-        self._attested = await caller.identify(self._clock.now().mono)
-        return self._attested
+        attested = await caller.identify(self._clock.now().mono)
+        self._record = replace(
+            self._record,
+            workload=attested.workload.name,
+            spiffe_id=str(attested.workload.spiffe_id),
+            peer=Peer.of(attested.attestation.process),
+        )
+        return attested
 
     def decide(self, attested: Attested, credential: str, audience: str) -> AnyGrant:
         """The grant that lets the caller have `credential`. Raises DeniedError whether or not the name exists."""
@@ -74,47 +80,37 @@ class Call:
 
     def patience_s(self) -> float:
         """How long the caller may wait for the vault, in seconds: 5, or until shortly before its own deadline."""
-        left_s = self._context.time_remaining()
+        left_s = cast("float | None", self._context.time_remaining())  # the stubs do not know None
         if left_s is None:
             return _LONGEST_WAIT_S
         return max(0.0, min(_LONGEST_WAIT_S, left_s - _ANSWER_AHEAD_S))
 
     def record(self, served: Served | None = None) -> None:
         """Writes the record of an answer. Raises AuditError: then nothing may leave."""
-        if served is None:
-            self._append()
-        else:
-            self._append(
+        record = self._record
+        if served is not None:
+            record = replace(
+                record,
                 credential=served.key.credential,
                 audience=served.key.audience,
                 version=served.current.number,
                 fingerprint=served.current.fingerprint,
                 stale=served.stale,
             )
+        self._audit.append(record)
 
-    def _append(self, *, outcome: str = "ok", credential: str | None = None, **facts: str | int | bool) -> None:
-        attested = self._attested
-        workload = attested.workload if attested is not None else None
-        self._audit.append(
-            Record(
-                event=self._event,
-                outcome=outcome,
-                workload=workload.name if workload is not None else "",
-                spiffe_id=str(workload.spiffe_id) if workload is not None else "",
-                peer=self._peer(),
-                credential=self._credential if credential is None else credential,
-                **facts,  # type: ignore[arg-type]  # names and types are those of `record` above
-            )
-        )
-
-    def _peer(self) -> Peer | None:
-        if self._attested is not None:
-            return Peer.of(self._attested.attestation.process)
+    def _refuse(self, error: TokenwardError) -> TokenwardError:
+        """Records `error`; returns what the caller is told, which is that nothing can be recorded if that is so."""
+        record = self._record
+        if record.peer is None:
+            with suppress(DeniedError):
+                peer = self._door.caller(self._context.peer()).peer
+                record = replace(record, peer=Peer(peer.pid, peer.uid, peer.gid))
         try:
-            peer = self._door.caller(self._context.peer()).peer
-        except DeniedError:
-            return None
-        return Peer.of(Process(pid=peer.pid, uid=peer.uid, gid=peer.gid))
+            self._audit.append(replace(record, outcome=error.reason))
+        except TokenwardError as unrecorded:
+            return unrecorded
+        return error
 
     async def __aenter__(self) -> Self:
         return self
@@ -125,10 +121,6 @@ class Call:
         if error is None or not isinstance(error, Exception) or isinstance(error, grpc.aio.AbortError):
             return
         if not isinstance(error, TokenwardError):
-            _log.error("a %s request failed inside the agent: %s", self._event, type(error).__name__, exc_info=error)
+            _log.error("a %s request failed in the agent: %s", self._record.event, type(error).__name__, exc_info=error)
             error = UnavailableError(Reason.INTERNAL, "the agent failed on this request; its log has the cause")
-        try:
-            self._append(outcome=error.reason)
-        except TokenwardError as unrecorded:
-            error = unrecorded
-        await abort(self._context, error)
+        await abort(self._context, self._refuse(error))

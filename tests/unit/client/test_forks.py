@@ -8,15 +8,18 @@ import time
 import grpc
 from tokenward.client import forks
 
+def wait_until_core(runs):
+    end = time.monotonic() + 10
+    while forks._core_runs() is not runs:
+        assert time.monotonic() < end, f"not seen: {runs=}"
+        time.sleep(0.002)
+
 assert not forks._core_runs()
 channel = grpc.insecure_channel("unix:/nowhere")
-assert forks._core_runs(), "a running core is not seen"
+wait_until_core(runs=True)  # a thread gets its name a moment after it starts
 channel.close()
 del channel
-end = time.monotonic() + 10
-while forks._core_runs():
-    assert time.monotonic() < end, "a stopped core is not seen"
-    time.sleep(0.002)
+wait_until_core(runs=False)
 """
 
 
