@@ -114,7 +114,8 @@ class DevAgent(Process):
 
 _AS_USER = """
 import os, sys
-import tokenward.cli, tokenward.client.sync  # while the files can still be read: an interpreter may be in root's home
+# All that is imported late: the interpreter's files may be in root's home.
+import grpc._channel, grpc._observability, tokenward.cli, tokenward.client.sync
 uid = int(sys.argv.pop(1))
 os.setgroups([])
 os.setresgid(uid, uid, uid)

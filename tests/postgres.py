@@ -7,7 +7,6 @@ when that is killed by SIGKILL: its death signal is SIGQUIT, PostgreSQL's "immed
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import pwd
@@ -16,9 +15,9 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +26,19 @@ import psycopg
 _READY_TIMEOUT_S = 20.0
 _STOP_TIMEOUT_S = 5.0
 _ATTEMPTS = 3
-_PR_SET_PDEATHSIG = 1
+# Becomes another user, then what must end when its parent does, then the program. A process of its own, without
+# preexec_fn or user= of Popen: those fork, and gRPC's fork handlers break a child of a process that uses gRPC.
+_STARTER = """
+import ctypes, os, signal, sys
+parent, uid, gid, *command = sys.argv[1:]
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setresgid(int(gid), int(gid), int(gid))
+    os.setresuid(int(uid), int(uid), int(uid))
+if ctypes.CDLL(None).prctl(1, signal.SIGQUIT, 0, 0, 0) == 0 and os.getppid() == int(parent):
+    os.execv(command[0], command)
+os._exit(127)
+"""
 _SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
@@ -144,13 +155,12 @@ class Postgres:
         settings = [f"--{name}={value}" for name, value in _SETTINGS.items()]
         with (self._home / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [programs / "postgres", "-D", self._home / "data", "-p", str(self.port), *settings],
+                self._started(programs / "postgres", "-D", self._home / "data", "-p", str(self.port), *settings),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a Ctrl-C at the terminal is for pytest, which then ends us in order
-                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509 -- two system calls and no lock taken
-                **self._as_account(),
+                **self._surroundings(),
             )
         self.pid = self._process.pid
 
@@ -170,27 +180,20 @@ class Postgres:
         raise RuntimeError(f"PostgreSQL did not start:\n{log[-2000:]}")
 
     def _run(self, arguments: list[str | Path]) -> None:
-        subprocess.run(arguments, check=True, capture_output=True, **self._as_account())
+        subprocess.run(self._started(*arguments), check=True, capture_output=True, **self._surroundings())
 
-    def _as_account(self) -> dict[str, Any]:
-        """How a child runs: with nothing of our environment, in its own directory, and never as root."""
-        kept: dict[str, Any] = {"cwd": self._home, "env": {"LC_ALL": "C", "TZ": "UTC", "PATH": os.defpath}}
-        if self._account is not None:
-            kept |= {"user": self._account.pw_uid, "group": self._account.pw_gid, "extra_groups": []}
-        return kept
+    def _started(self, *command: str | Path) -> list[str]:
+        """`command` as a process that ends with us, and never as root."""
+        account = self._account or pwd.getpwuid(os.getuid())
+        ids = map(str, (os.getpid(), account.pw_uid, account.pw_gid))
+        return [sys.executable, "-ISc", _STARTER, *ids, *map(str, command)]
+
+    def _surroundings(self) -> dict[str, Any]:
+        """A child has nothing of our environment, and its own directory."""
+        return {"cwd": self._home, "env": {"LC_ALL": "C", "TZ": "UTC", "PATH": os.defpath}}
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _die_with(parent_pid: int) -> Callable[[], None]:
-    prctl = ctypes.CDLL(None).prctl
-
-    def in_child() -> None:  # runs after the change of uid, which would clear the death signal
-        if prctl(_PR_SET_PDEATHSIG, signal.SIGQUIT, 0, 0, 0) != 0 or os.getppid() != parent_pid:
-            os._exit(127)
-
-    return in_child

@@ -109,7 +109,7 @@ def _field(credential: Credential, field: str | None) -> str:
     fields = sorted(credential.values)
     if field is None and len(fields) == 1:
         return fields[0]
-    if field not in credential.values:
+    if field is None or field not in credential.values:
         raise click.UsageError(f"{credential.name} has the fields {', '.join(fields)}: choose one with --field")
     return field
 

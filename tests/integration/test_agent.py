@@ -8,9 +8,10 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import grpc
 import psycopg
@@ -95,7 +96,7 @@ class Site:
             check=True,
         )
 
-    async def admin(self, method: str, path: str, body: dict[str, object] | None = None) -> None:
+    async def admin(self, method: str, path: str, body: Mapping[str, object] | None = None) -> None:
         """One call with all rights."""
         client = VaultClient(addresses=[self.vault.address])
         try:
@@ -147,7 +148,7 @@ async def prepared(directory: Path, vault: Bao, postgres: Postgres, *, max_ttl: 
             "password_authentication": "scram-sha-256",
         },
     )
-    role = {"db_name": "pg", "default_ttl": ttl, "max_ttl": max_ttl, "creation_statements": [CREATE]}
+    role: dict[str, object] = {"db_name": "pg", "default_ttl": ttl, "max_ttl": max_ttl, "creation_statements": [CREATE]}
     await site.admin("POST", "database/roles/app", role | {"revocation_statements": REVOKE})
     return site
 
@@ -231,7 +232,7 @@ def test_status_details_are_those_that_any_client_reads(site: Site, agent: Proce
     with grpc.insecure_channel(f"unix:{site.socket}") as channel:
         with pytest.raises(grpc.RpcError) as caught:
             rpc.CredentialServiceStub(channel).GetCredential(pb.GetCredentialRequest(name="nope"))
-        status = rpc_status.from_call(caught.value)
+        status = rpc_status.from_call(cast("grpc.Call", caught.value))
     assert status is not None
     info = error_details_pb2.ErrorInfo()
     assert status.details[0].Unpack(info)

@@ -121,7 +121,7 @@ def test_the_vault_token_reads_what_its_workload_may_and_nothing_else(client: Cl
     import hvac
     import requests_unixsocket
 
-    session = requests_unixsocket.Session()
+    session = requests_unixsocket.Session()  # type: ignore[no-untyped-call]  # it has no types
     url = "http+unix://" + agent.vault_socket.replace("/", "%2F")
     token = client.get("demo-vault-token").values["token"]
     vault = hvac.Client(url=url, session=session, token=token)

@@ -1,7 +1,7 @@
 """What holds for every caller because of where the agent runs: the pod's own namespace and service account.
 
-Read from the token that the kubelet projects into the agent's pod. The agent trusts its own mount, not the caller, so the
-signature is for the vault to judge; here the claims only name the pod.
+Read from the token that the kubelet projects into the agent's pod. The agent trusts its own mount, not the caller, so
+the signature is for the vault to judge; here the claims only name the pod.
 """
 
 from __future__ import annotations

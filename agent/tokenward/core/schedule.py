@@ -51,5 +51,5 @@ def backoff_s(failures: int, *, draw: float) -> float:
 
     A tenth of the ceiling is the least, so that a draw near 0 does not hammer.
     """
-    ceiling_s = min(_BACKOFF_CAP_S, _BACKOFF_FIRST_S * 2 ** min(failures - 1, 10))
+    ceiling_s = min(_BACKOFF_CAP_S, _BACKOFF_FIRST_S * (1 << min(failures - 1, 10)))
     return ceiling_s * max(0.1, draw)

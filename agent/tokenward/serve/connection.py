@@ -149,10 +149,10 @@ class Connection:
 
     # -- what epoll reports: each step says whether that was the end ----------------------------------------------
 
-    def _take(self, step: Callable[..., bool], *events: int) -> None:
+    def _take(self, step: Callable[[int], bool], events: int = 0) -> None:
         over = True  # also for a bug of ours: a connection in an unknown state must not stay
         try:
-            over = step(*events)
+            over = step(events)
         except BlockingIOError:
             over = False
         except OSError:
@@ -171,23 +171,25 @@ class Connection:
         self._take(self._discard)
 
     def _on_client(self, events: int) -> None:
-        if self._hop is not None:
-            self._take(self._hop.client_ready, events)
+        hop = self._hop
+        if hop is not None:
+            self._take(hop.client_ready, events)
 
     def _on_inner(self, events: int) -> None:
-        if self._hop is not None:
-            self._take(self._hop.inner_ready, events)
+        hop = self._hop
+        if hop is not None:
+            self._take(hop.inner_ready, events)
 
     # -- WAITING ---------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> bool:
+    def _begin(self, _events: int = 0) -> bool:
         around = self._around
         around.readiness.watch(self.peer.pidfd, EPOLLIN, self._on_exit)
         around.readiness.watch(self._client.fileno(), EPOLLIN, self._on_waiting)
         self._timer = asyncio.get_running_loop().call_later(around.first_bytes_s, self.close)
         return self._look()
 
-    def _look(self) -> bool:
+    def _look(self, _events: int = 0) -> bool:
         data = self._client.recv(self._around.max_head_bytes - len(self._first))
         self._first += data
         verdict = judge(self._first, max_head_bytes=self._around.max_head_bytes)
@@ -210,7 +212,7 @@ class Connection:
         self._around.readiness.watch(self._client.fileno(), EPOLLIN, self._on_refused)
         return False
 
-    def _discard(self) -> bool:
+    def _discard(self, _events: int = 0) -> bool:
         count = self._client.recv_into(self._around.readiness.buffer)
         self._discarded += count
         return not count or self._discarded > _MAX_DISCARDED_BYTES
@@ -229,7 +231,7 @@ class Connection:
         self._join_by = asyncio.get_running_loop().time() + self._around.first_bytes_s
         return self._join()
 
-    def _join(self) -> bool:
+    def _join(self, _events: int = 0) -> bool:
         """Connect to grpcio; a full backlog fails at once with EAGAIN and cannot be waited for, only tried again."""
         around = self._around
         assert self._inner is not None

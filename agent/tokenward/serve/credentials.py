@@ -26,7 +26,7 @@ from tokenward.watchers import State, Watcher, Watchers
 _RECHECK_S = 5.0
 """How often the caller of an open, quiet stream is looked at again."""
 
-_Context = grpc.aio.ServicerContext
+_Context = grpc.aio.ServicerContext[object, object]
 
 
 class CredentialService(rpc.CredentialServiceServicer):

@@ -21,7 +21,8 @@ from socket import SHUT_WR, socket
 _EVENTS_PER_WAKE = 128
 """Bounds how long one wake-up keeps the loop from everything else."""
 _BUFFER_BYTES = 64 * 1024
-_BROKEN = EPOLLERR | EPOLLHUP
+_READABLE = EPOLLIN | EPOLLERR | EPOLLHUP  # reading is how one learns of an error or a hang-up
+_WRITABLE = EPOLLOUT | EPOLLERR | EPOLLHUP
 
 Handler = Callable[[int], None]
 """Takes the epoll events that came; must bear one that is no longer true."""
@@ -58,10 +59,10 @@ class Readiness:
         self._epoll.close()
 
     def _dispatch(self) -> None:
+        handlers = self._handlers
         for fd, events in self._epoll.poll(0, _EVENTS_PER_WAKE):
-            # A handler before this one may have closed the descriptor.
-            handler = self._handlers.get(fd)
-            if handler is not None:
+            handler = handlers.get(fd)
+            if handler is not None:  # one before it may have closed the descriptor
                 handler(events)
 
 
@@ -75,11 +76,6 @@ class _Way:
         self.sink = sink
         self.held = held
         self.ended = False
-
-    @property
-    def flows(self) -> bool:
-        """Whether there is any use in reading the source."""
-        return not self.held and not self.ended
 
     def pull(self, buffer: memoryview) -> None:
         """Take what the source has. Raises OSError when the source was torn down, which ends both ways."""
@@ -112,13 +108,17 @@ class _Way:
 class Hop:
     """Two connected sockets joined: what one sends the other gets, half-closes too. Both are non-blocking."""
 
+    __slots__ = ("_buffer", "_down", "_handlers", "_readiness", "_sockets", "_up", "_watched")
+
     def __init__(self, *, readiness: Readiness, client: socket, inner: socket, first: bytes) -> None:
         self._readiness = readiness
+        self._buffer = readiness.buffer
         self._sockets = (client, inner)
         self._up = _Way(source=client, sink=inner, held=first)
         self._down = _Way(source=inner, sink=client)
         self._handlers: tuple[Handler, Handler] | None = None
         self._watched = (0, 0)
+        """Events of the client's socket and of the inner one."""
 
     def start(self, on_client: Handler, on_inner: Handler) -> None:
         """Pass `first` on and watch both sockets: their handlers call `client_ready` and `inner_ready`."""
@@ -135,12 +135,15 @@ class Hop:
         return self._move(events, self._down, self._up)
 
     def _move(self, events: int, leaving: _Way, coming: _Way) -> bool:
-        if coming.held and events & (EPOLLOUT | _BROKEN):
+        if coming.held and events & _WRITABLE:
             coming.push()
-        if leaving.flows and events & (EPOLLIN | _BROKEN):
-            leaving.pull(self._readiness.buffer)
-            # Read to its end and hung up: this side closed both ways, so what is for it has no taker.
-            coming.ended = coming.ended or (leaving.ended and bool(events & EPOLLHUP))
+        if not leaving.held and not leaving.ended and events & _READABLE:
+            leaving.pull(self._buffer)
+            if leaving.ended and events & EPOLLHUP:
+                # Read to its end and hung up: this side closed both ways, so what is for it has no taker.
+                coming.ended = True
+        if self._watched == _BOTH_FLOW and not leaving.held and not leaving.ended and not coming.ended:
+            return False  # as it was: the way that nearly all bytes take
         self._watch()
         return leaving.ended and coming.ended
 
@@ -158,6 +161,9 @@ class Hop:
                 self._readiness.forget(sock.fileno())
 
 
+_BOTH_FLOW = (EPOLLIN, EPOLLIN)
+
+
 def _wanted(leaving: _Way, coming: _Way) -> int:
     """The epoll events of interest on the socket where `leaving` starts and `coming` ends."""
-    return (EPOLLIN if leaving.flows else 0) | (EPOLLOUT if coming.held else 0)
+    return (0 if leaving.held or leaving.ended else EPOLLIN) | (EPOLLOUT if coming.held else 0)

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import http.client
 import json
 import os
 import secrets
-import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self
 
@@ -35,7 +33,6 @@ _PROBE_TIMEOUT_S: Final = 1.0
 _MAX_SOCKET_PATH_BYTES: Final = 107
 _KEPT_LINES: Final = 40
 _SHOWN_LINES: Final = 8
-_PR_SET_PDEATHSIG: Final = 1
 
 _CONFIG: Final = """\
 storage "inmem" {{}}
@@ -61,6 +58,19 @@ initialize "admin" {{
 }}
 {extra}
 """
+# Takes the parent's death as its own, then becomes the server. A process of its own, without preexec_fn: that runs
+# between fork and exec, where gRPC's fork handlers, if this process uses gRPC, break the child.
+_STARTER: Final = (
+    sys.executable,
+    "-ISc",
+    """
+import ctypes, os, signal, sys
+parent, *command = sys.argv[1:]
+if ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0) == 0 and os.getppid() == int(parent):
+    os.execve(command[0], command, {"HOME": "/nonexistent"})
+os._exit(127)
+""",
+)
 _AUDIT: Final = """\
 audit "file" "file" {{
   options {{
@@ -175,6 +185,8 @@ class EmbeddedVault:
         if self._process is not None:
             raise _unusable("the embedded OpenBao runs already")
         binary = self._binary or _find_binary()
+        if not os.access(binary, os.X_OK):
+            raise _unusable(f"OpenBao cannot be run: {binary} is not there, or is no program")
         _verify_place(self._directory, self._socket)
         with contextlib.ExitStack() as handed_over:
             seal_fd = _memfd("seal", secrets.token_bytes(32), handed_over)
@@ -182,7 +194,7 @@ class EmbeddedVault:
             config_fd = _memfd("config", self._config(seal_fd, token_fd).encode(), handed_over)
             try:
                 process = subprocess.Popen(  # noqa: S603 -- our own binary, no shell, no argument from outside
-                    [binary, "server", f"-config=/proc/self/fd/{config_fd}"],
+                    [*_STARTER, str(os.getpid()), binary, "server", f"-config=/proc/self/fd/{config_fd}"],
                     env={"HOME": "/nonexistent"},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
@@ -190,7 +202,6 @@ class EmbeddedVault:
                     pass_fds=(seal_fd, token_fd, config_fd),
                     process_group=0,  # Ctrl-C is for us: we still have leases to revoke
                     umask=0o077,  # a listener's socket_mode is ignored unless user and group are set as well
-                    preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509 -- two system calls and no lock taken
                 )
             except OSError as error:
                 raise _unusable(f"OpenBao cannot be run: {binary}: {error.strerror}") from error
@@ -264,18 +275,6 @@ def _memfd(name: str, content: bytes, closed_by: contextlib.ExitStack) -> int:
     closed_by.callback(os.close, fd)
     os.write(fd, content)
     return fd
-
-
-def _die_with(parent_pid: int) -> Callable[[], None]:
-    prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up before the fork, where taking locks is safe
-
-    def in_child() -> None:
-        if prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-            os._exit(127)
-        if os.getppid() != parent_pid:  # it died between the fork and the call above
-            os._exit(127)
-
-    return in_child
 
 
 def _hcl_text(text: str) -> str:
