@@ -13,6 +13,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 from tokenward.auditlog import AuditLog
@@ -26,6 +27,11 @@ from tokenward.errors import Reason, TokenwardError, UnavailableError, VaultUnav
 from tokenward.watchers import Watchers
 
 _log = logging.getLogger(__name__)
+
+_GRACE_S = 1.0
+"""How long an old value outlives the last acknowledgement: somebody may be using what it read just before."""
+_REPORT_PAUSE_S = 10.0
+"""At most one look per credential and this time, however many callers report it refused."""
 
 
 class Source(Protocol):
@@ -105,6 +111,28 @@ class Broker:
         if self._store.begin(key):
             self._depart(key)
 
+    def moved_on(self, key: Key, version: int) -> None:
+        """Everybody who was told of `version` of `key` uses it: the one before goes soon, not at the overlap's end."""
+        self._store.hasten(key, version, grace_s=_GRACE_S, now=self._clock.now())
+        self.changed.set()
+
+    async def look_again(
+        self, workload: Workload, grant: AnyGrant, audience: str, version: int, *, timeout_s: float
+    ) -> Served:
+        """What there is instead of `version`, which the far end refused: a new value, obtained at once unless somebody
+        just had one obtained, else the one that is there.
+
+        Raises TokenwardError as `get` does, when no value is left.
+        """
+        key = Key(workload.name, grant.name, audience_of(grant, audience))
+        if self._store.may_look_again(key, version, pause_s=_REPORT_PAUSE_S, now=self._clock.now()):
+            self._store.begin(key)
+            flight = self._depart(key, anew=True)
+            with suppress(TokenwardError, TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await asyncio.shield(flight)
+        return await self.get(workload, grant, audience, timeout_s=timeout_s)
+
     def retire(self, key: Key) -> None:
         """Ends the overlap of `key`: the previous version is revoked and watchers see it gone."""
         self._revoke(key, self._store.retire(key))
@@ -131,17 +159,17 @@ class Broker:
 
     # -- flights ------------------------------------------------------------------------------------------------
 
-    def _depart(self, key: Key) -> asyncio.Task[Served]:
+    def _depart(self, key: Key, *, anew: bool = False) -> asyncio.Task[Served]:
         _log.debug("asking the vault for %s", key)
-        flight = asyncio.get_running_loop().create_task(self._fly(key), name=f"fetch {key}")
+        flight = asyncio.get_running_loop().create_task(self._fly(key, anew=anew), name=f"fetch {key}")
         self._flights[key] = flight
         flight.add_done_callback(_note_outcome)
         return flight
 
-    async def _fly(self, key: Key) -> Served:
+    async def _fly(self, key: Key, *, anew: bool) -> Served:
         workload, grant = self._subjects[key]
         try:
-            issued = await self._obtain(key, workload, grant)
+            issued = await self._obtain(key, workload, grant, anew=anew)
             ended = self._keep(key, workload, issued)
         except TokenwardError as error:
             self._store.fail(key, error, draw=self._draw(), now=self._clock.now())
@@ -161,13 +189,13 @@ class Broker:
         self._watchers.publish(key, served)
         return served
 
-    async def _obtain(self, key: Key, workload: Workload, grant: AnyGrant) -> Issued:
-        """A renewed value where the lease allows, else a new one."""
+    async def _obtain(self, key: Key, workload: Workload, grant: AnyGrant, *, anew: bool) -> Issued:
+        """A renewed value where the lease allows and none is wanted `anew`, else a new one."""
         now = self._clock.now()
         held = self._store.live(key, now)
         event = "issue"
         try:
-            if held is not None and held.current.issued.lease is not None:
+            if held is not None and held.current.issued.lease is not None and not anew:
                 event = "renew"
                 renewed = await self._issuers.renew(held.current.issued, grant, now)
                 if renewed is not None:

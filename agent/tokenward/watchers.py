@@ -18,10 +18,16 @@ State = Served | TokenwardError
 
 
 class Watcher:
-    """One stream's view: the newest state of each of its keys that it has not taken yet."""
+    """One stream's view: the newest state of each of its keys that it has not taken yet.
 
-    def __init__(self, keys: Iterable[Key]) -> None:
+    `owner` is whoever may acknowledge for it: the caller of its connection.
+    """
+
+    def __init__(self, keys: Iterable[Key], owner: object) -> None:
         self.keys = frozenset(keys)
+        self.owner = owner
+        self.acknowledged: dict[Key, int] = {}
+        """The highest version of each key that the owner said it uses."""
         self._slots: dict[Key, State] = {}
         self._filled = asyncio.Event()
 
@@ -43,11 +49,12 @@ class Watchers:
 
     def __init__(self) -> None:
         self._by_key: dict[Key, set[Watcher]] = {}
+        self._lent: dict[Key, int] = {}
 
     @contextmanager
-    def watch(self, keys: Iterable[Key]) -> Iterator[Watcher]:
-        """A watcher of `keys` for the length of the block."""
-        watcher = Watcher(keys)
+    def watch(self, keys: Iterable[Key], owner: object) -> Iterator[Watcher]:
+        """A watcher of `keys` for the length of the block, that `owner` acknowledges for."""
+        watcher = Watcher(keys, owner)
         for key in watcher.keys:
             self._by_key.setdefault(key, set()).add(watcher)
         try:
@@ -62,6 +69,20 @@ class Watchers:
         """Offers `state` to everybody who watches `key`."""
         for watcher in self._by_key.get(key, ()):
             watcher.offer(key, state)
+
+    def acknowledge(self, owner: object, key: Key, version: int) -> bool:
+        """`owner` uses `version` of `key` now. Whether everybody who was given the one before has moved on."""
+        watchers = self._by_key.get(key, set())
+        for watcher in watchers:
+            if watcher.owner is owner:
+                watcher.acknowledged[key] = max(version, watcher.acknowledged.get(key, 0))
+        all_have = all(watcher.acknowledged.get(key, 0) >= version for watcher in watchers)
+        return bool(watchers) and all_have and self._lent.get(key) != version - 1
+
+    def lend(self, owner: object, key: Key, version: int) -> None:
+        """`version` of `key` was given to `owner`: unless it watches, nobody will hear from it when it has moved on."""
+        if not any(watcher.owner is owner for watcher in self._by_key.get(key, ())):
+            self._lent[key] = version
 
     @property
     def watched(self) -> AbstractSet[Key]:

@@ -15,10 +15,11 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import grpc
 
-from tokenward import Client, CredentialHandle
+from tokenward import Client, CredentialHandle, DeniedError
 from tokenward.client import forks
 from tokenward.v1 import credentials_pb2 as pb
 from tokenward.v1 import credentials_pb2_grpc as rpc
@@ -39,6 +40,15 @@ def use(client: Client, handle: CredentialHandle, role: str) -> None:
     say("stuck" if handle.value["password"] == before else "rotated", role=role)
 
 
+def refused(use: Callable[[], object]) -> DeniedError:
+    """The error that `use` raises: programs keep such errors, which must not keep anything of gRPC with them."""
+    try:
+        use()
+    except DeniedError as error:
+        return error
+    raise AssertionError("it was not refused")
+
+
 def main(socket: str, children: int, own_grpc: bool) -> int:
     signal.alarm(60)
     core_ran: list[bool] = []
@@ -50,6 +60,7 @@ def main(socket: str, children: int, own_grpc: bool) -> int:
     client = Client(socket)
     handle = client.credential("db")
     assert handle.value
+    kept = [refused(lambda: client.get("not-granted")), refused(lambda: client.credential("not-granted").value)]
     failures: list[BaseException] = []
     threading.excepthook = lambda args: failures.append(args.exc_value or RuntimeError())
     done = threading.Event()
@@ -77,7 +88,7 @@ def main(socket: str, children: int, own_grpc: bool) -> int:
     for thread in threads:
         thread.join()
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    say("end", codes=codes, failures=[repr(failure) for failure in failures])
+    say("end", kept=len(kept), codes=codes, failures=[repr(failure) for failure in failures])
     client.close()
     return 0
 

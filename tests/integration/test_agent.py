@@ -46,7 +46,7 @@ key_file = "{directory}/signing.pem"
 file = "{directory}/audit.jsonl"
 
 [policies.short]
-overlap = "3s"
+overlap = "{overlap}"
 max_ttl = "{max_ttl}"
 
 [workloads.connector]
@@ -82,14 +82,16 @@ REVOKE = [
 class Site:
     """A vault with a database engine, a PostgreSQL behind it, and the files of one agent."""
 
-    def __init__(self, directory: Path, vault: Bao, postgres: Postgres, *, max_ttl: str = "60s") -> None:
+    def __init__(
+        self, directory: Path, vault: Bao, postgres: Postgres, *, max_ttl: str = "60s", overlap: str = "30s"
+    ) -> None:
         self.directory = directory
         self.vault = vault
         self.postgres = postgres
         self.config = directory / "tokenward.toml"
         self.socket = str(directory / "workload.sock")
         self.config.write_text(
-            CONFIG.format(directory=directory, vault=vault.address, uid=os.getuid(), max_ttl=max_ttl)
+            CONFIG.format(directory=directory, vault=vault.address, uid=os.getuid(), max_ttl=max_ttl, overlap=overlap)
         )
         subprocess.run(
             ["openssl", "ecparam", "-genkey", "-name", "prime256v1", "-noout", "-out", str(directory / "signing.pem")],
@@ -129,8 +131,10 @@ class Site:
         return [json.loads(line)["record"] for line in (self.directory / "audit.jsonl").read_text().splitlines()]
 
 
-async def prepared(directory: Path, vault: Bao, postgres: Postgres, *, max_ttl: str = "60s", ttl: str = "6s") -> Site:
-    site = Site(directory, vault, postgres, max_ttl=max_ttl)
+async def prepared(
+    directory: Path, vault: Bao, postgres: Postgres, *, max_ttl: str = "60s", ttl: str = "60s", overlap: str = "30s"
+) -> Site:
+    site = Site(directory, vault, postgres, max_ttl=max_ttl, overlap=overlap)
     applied = site.vault_setup("--apply", "--token-file", "-")
     assert "created" in applied
     await site.admin("POST", "tests/data/api", {"data": {"api_key": "first", "retries": 3}})
@@ -245,7 +249,7 @@ async def test_a_database_login_never_fails_while_it_is_renewed_replaced_and_rev
     """Leases of 6 s that can be renewed to 12. TOKENWARD_SOAK=180 makes it three minutes with leases of 20 s to 60."""
     seconds = float(os.environ.get("TOKENWARD_SOAK", "20"))
     ttl, max_ttl = ("6s", "12s") if seconds < 120 else ("20s", "60s")
-    site = await prepared(directory, fresh_bao, postgres, ttl=ttl, max_ttl=max_ttl)
+    site = await prepared(directory, fresh_bao, postgres, ttl=ttl, max_ttl=max_ttl, overlap="3s")
     seen: set[str] = set()
     failures = []
     queries = 0
@@ -270,6 +274,24 @@ async def test_a_database_login_never_fails_while_it_is_renewed_replaced_and_rev
     events = [record["event"] for record in site.audit() if record.get("credential") == "db"]
     assert {"issue", "renew", "revoke"} <= set(events)
     assert site.logins() == set(), "the last one went with the agent"
+
+
+def test_a_login_that_was_refused_is_replaced_at_once_and_the_old_one_goes_when_all_have_moved_on(
+    site: Site, client: Client
+) -> None:
+    """Without the acknowledgement that the client sends by itself, the old login would stay for the overlap of 30 s."""
+    handle = client.credential("db")
+    first = handle.credential
+    with Client(site.socket) as other:
+        watching = other.credential("db")
+        assert watching.version == first.version
+        second = client.report_rejected(first)
+        assert second.version == first.version + 1
+        assert client.report_rejected(second).version == second.version, "somebody just looked"
+        until(lambda: handle.version == watching.version == second.version, "both watch the new login")
+        began = time.monotonic()
+        until(lambda: site.logins() == {second.values["username"]}, "the old login is gone")
+        assert time.monotonic() - began < 15
 
 
 def test_stopping_the_agent_leaves_no_login_behind(site: Site) -> None:

@@ -35,6 +35,7 @@ from tokenward import (
     UnavailableError,
     VaultUnavailableError,
 )
+from tokenward.client.connection import Stream
 from tokenward.v1 import credentials_pb2 as pb
 
 SEALED = VaultUnavailableError(Reason.VAULT_SEALED, "unseal the vault")
@@ -524,16 +525,24 @@ async def test_async_watch_gives_each_change_and_can_be_left_at_any_time(agent: 
             await anext(aiter(client.watch(["nothing"])))
 
 
+def is_reading(thread: threading.Thread) -> bool:
+    """Whether `thread` waits for a message of a watch."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None and frame.f_code is not Stream.read.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
 async def test_a_waiting_async_watch_can_be_cancelled(agent: FakeAgent) -> None:
     async with AsyncClient(agent.path) as client:
         watch = aiter(client.watch(["db"]))
         await anext(watch)
         waiting = asyncio.ensure_future(anext(watch))
-        await asyncio.sleep(0)
+        await until(lambda: any(is_reading(thread) for thread in watch_threads()))
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-    await until(lambda: not watch_threads())
+        await until(lambda: not watch_threads())
 
 
 # -- the package -----------------------------------------------------------------------------------------------------

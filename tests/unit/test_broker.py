@@ -187,7 +187,7 @@ async def test_a_value_that_nobody_uses_is_let_go_and_revoked(bench: Bench) -> N
 
 async def test_watchers_are_told_of_new_values_of_failures_and_of_the_end_of_an_overlap(bench: Bench) -> None:
     await bench.get()
-    with bench.watchers.watch([KEY]) as watcher:
+    with bench.watchers.watch([KEY], None) as watcher:
         await bench.refresh_at(70)
         told = (await watcher.changes())[KEY]
         assert isinstance(told, Served)
@@ -209,7 +209,7 @@ async def test_watchers_are_told_of_new_values_of_failures_and_of_the_end_of_an_
 
 async def test_a_watched_failure_is_tried_again_until_it_works(bench: Bench) -> None:
     bench.issuers.failing_with = DOWN
-    with bench.watchers.watch([KEY]) as watcher:
+    with bench.watchers.watch([KEY], None) as watcher:
         with pytest.raises(VaultUnavailableError):
             await bench.get()
         bench.issuers.failing_with = None
@@ -277,3 +277,59 @@ async def test_a_bug_in_an_issuer_reaches_the_caller_and_leaves_the_key_usable(b
         await bench.get()
     bench.issuers.issue = working  # type: ignore[method-assign]
     assert password(await bench.get()) == "secret-1"
+
+
+async def test_the_old_value_goes_soon_after_everybody_who_watches_has_moved_on(bench: Bench) -> None:
+    await bench.get()
+    with bench.watchers.watch([KEY], "one"), bench.watchers.watch([KEY], "other"):
+        await bench.refresh_at(70)
+        assert not bench.watchers.acknowledge("one", KEY, 2)
+        assert bench.watchers.acknowledge("other", KEY, 2)
+        bench.broker.moved_on(KEY, 2)
+        assert (await bench.get()).previous is not None, "somebody may be using what it read just before"
+        await bench.refresh_at(71)
+        assert (await bench.get()).previous is None
+    assert bench.issuers.live == {"secret-2"}
+
+
+async def test_a_late_acknowledgement_never_prolongs_an_overlap(bench: Bench) -> None:
+    await bench.get()
+    await bench.refresh_at(70)
+    bench.clock.advance(9.5)
+    bench.broker.moved_on(KEY, 2)
+    assert (await bench.get()).retire == bench.store.live(KEY, bench.clock.now()).retire  # type: ignore[union-attr]
+    await bench.refresh_at(80)
+    assert bench.issuers.live == {"secret-2"}
+
+
+async def test_an_acknowledgement_of_another_version_changes_nothing(bench: Bench) -> None:
+    await bench.get()
+    await bench.refresh_at(70)
+    for version in (0, 1, 3):
+        bench.broker.moved_on(KEY, version)
+    await bench.refresh_at(72)
+    assert bench.issuers.live == {"secret-1", "secret-2"}
+
+
+async def test_a_refused_value_is_replaced_at_once_even_if_it_could_be_renewed(bench: Bench) -> None:
+    bench.issuers.renewals_left = 9
+    await bench.get()
+    served = await bench.broker.look_again(APP, GRANT, "", 1, timeout_s=1)
+    assert (password(served), served.current.number) == ("secret-2", 2)
+
+
+async def test_many_reports_cause_one_look(bench: Bench) -> None:
+    await bench.get()
+    answers = [await bench.broker.look_again(APP, GRANT, "", 1, timeout_s=1) for _ in range(5)]
+    answers += [await bench.broker.look_again(APP, GRANT, "", 2, timeout_s=1) for _ in range(5)]
+    assert {answer.current.number for answer in answers} == {2}
+    assert bench.issuers.made == 2
+    bench.clock.advance(10)
+    assert (await bench.broker.look_again(APP, GRANT, "", 2, timeout_s=1)).current.number == 3
+
+
+async def test_a_report_while_the_vault_is_down_leaves_the_value_that_is_there(bench: Bench) -> None:
+    await bench.get()
+    bench.issuers.failing_with = DOWN
+    served = await bench.broker.look_again(APP, GRANT, "", 1, timeout_s=1)
+    assert (password(served), served.stale) == ("secret-1", True)

@@ -1,8 +1,8 @@
 """The one gRPC channel of a client: opened at its first use, closed before a fork, opened anew after it.
 
 Owns the channel, its options, and the border to gRPC: errors leave as ours. Leaves repeating to its callers, which
-learn by `CutOffError` that no answer came. Invariant: nobody outside this module holds an object of gRPC, so closing
-the channel lets gRPC's core stop (see `forks`).
+learn by `CutOffError` that no answer came. Invariant: this module alone holds a channel, so closing it
+lets gRPC's core stop (see `forks`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
-from weakref import WeakSet, ref
+from weakref import WeakSet
 
 import grpc
 from google.protobuf.message import Message
@@ -78,14 +78,13 @@ class Stream:
             failure = _failure(call)
         else:
             return message
-        finally:
-            del call  # a traceback that is kept would keep the call, and with it the core
         raise failure
 
     def cancel(self) -> None:
         """Ends the stream: `read` raises CutOffError."""
         call, self._rpc = self._rpc, None
-        _cancel(call)
+        if call is not None:
+            call.cancel()
 
 
 class Connection:
@@ -120,8 +119,7 @@ class Connection:
         with forks.gate():
             call: Any = method(self._open()).future(request, timeout=timeout_s, wait_for_ready=True)
             self._calls.add(call)
-        calling = ref(call)  # the answer may outlive the call, and must not keep it
-        answer.add_done_callback(lambda future: _cancel(calling()) if future.cancelled() else None)
+        answer.add_done_callback(lambda future: call.cancel() if future.cancelled() else None)
         call.add_done_callback(lambda done: self._settle(done, answer))
         return answer
 
@@ -171,11 +169,6 @@ class Connection:
             answer.set_result(call.result())
         else:
             answer.set_exception(_failure(call))
-
-
-def _cancel(call: Any) -> None:
-    if call is not None:
-        call.cancel()
 
 
 def _failure(call: Any) -> TokenwardError | CutOffError:

@@ -70,6 +70,13 @@ class Session:
         request = pb.GetCredentialRequest(name=name, audience=audience)
         return self.connection.unary(lambda stubs: stubs.credentials.GetCredential, request, timeout_s=timeout_s)
 
+    def rejected(self, credential: Credential, timeout_s: float) -> Future[pb.ReportRejectedResponse]:
+        """One attempt at telling that `credential` was refused where it was used."""
+        request = pb.ReportRejectedRequest(
+            name=credential.name, version=credential.version, audience=credential.audience
+        )
+        return self.connection.unary(lambda stubs: stubs.credentials.ReportRejected, request, timeout_s=timeout_s)
+
     def grants(self, timeout_s: float) -> Future[pb.ListGrantsResponse]:
         """One attempt at the list of grants."""
         return self.connection.unary(
@@ -182,6 +189,11 @@ class Changes:
 
 def credential_in(answer: pb.GetCredentialResponse) -> Credential:
     """The credential of an answer."""
+    return credential_from(answer.credential)
+
+
+def replacement_in(answer: pb.ReportRejectedResponse) -> Credential:
+    """What there is instead of a credential that was refused."""
     return credential_from(answer.credential)
 
 

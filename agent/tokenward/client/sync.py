@@ -16,7 +16,7 @@ from weakref import finalize
 from tokenward.client.connection import ClosedError, CutOffError
 from tokenward.client.credentials import Change, Credential, GrantInfo, Identity
 from tokenward.client.handle import Handle
-from tokenward.client.session import Changes, Deadline, Session, credential_in, grants_in, identity_in
+from tokenward.client.session import Changes, Deadline, Session, credential_in, grants_in, identity_in, replacement_in
 from tokenward.client.slots import Slot
 from tokenward.errors import TokenwardError
 
@@ -56,6 +56,13 @@ class Client:
         `audience` chooses one for kind `jwt`.
         """
         return credential_in(self._ask(lambda left_s: self._session.get(name, audience, left_s), timeout_s))
+
+    def report_rejected(self, credential: Credential, *, timeout_s: float | None = None) -> Credential:
+        """Tells the agent that `credential` was refused where it was used, such as by a 401; returns what there is now.
+
+        The agent has a new value made at once, unless that was just done: compare the version. Raises TokenwardError.
+        """
+        return replacement_in(self._ask(lambda left_s: self._session.rejected(credential, left_s), timeout_s))
 
     def list_grants(self, *, timeout_s: float | None = None) -> tuple[GrantInfo, ...]:
         """What this process may ask for. Raises TokenwardError."""

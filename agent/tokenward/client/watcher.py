@@ -32,6 +32,7 @@ _STEADY_S = 5.0
 _LONGEST_PATIENCE_S = 60.0
 _RECONSIDER_S = 5.0
 _LIST_TIMEOUT_S = 5.0
+_ACKNOWLEDGE_S = 5.0
 _JOIN_S = 2.0
 
 
@@ -167,6 +168,18 @@ class Watcher:
                 news = slot is not None and not self._closed and slot.take(change)
             if slot is not None and news:
                 slot.call_back(change)
+                self._acknowledge(change)
+
+    def _acknowledge(self, change: Change) -> None:
+        """Tells the agent that the value before is not used any more. Nobody waits for it: an overlap ends anyway."""
+        new = change.credential
+        if new is None or new.previous is None:
+            return
+        request = pb.AcknowledgeVersionRequest(name=new.name, version=new.version, audience=new.audience)
+        with suppress(ClosedError):
+            self._connection.unary(
+                lambda stubs: stubs.credentials.AcknowledgeVersion, request, timeout_s=_ACKNOWLEDGE_S
+            )
 
     def _consequences(self, names: frozenset[str], failure: TokenwardError | CutOffError) -> list[Change]:
         """What the stream's end means for `names`: a refusal drops every value, anything else leaves them be."""

@@ -37,7 +37,7 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """One event. No field ever holds a secret; `fingerprint` is a keyed hash."""
 
     event: str
-    """get, watch, list, identity, exchange, issue, renew, revoke, start, stop, recover."""
+    """get, watch, list, identity, acknowledge, reject, exchange, issue, renew, revoke, start, stop, recover."""
     outcome: str = "ok"
     """`ok`, or the reason of the error."""
     workload: str = ""

@@ -90,6 +90,8 @@ class _Entry:
     failures: int = 0
     error: TokenwardError | None = None
     retry_mono: float = 0.0
+    looked_mono: float | None = None
+    """When somebody's report last made us look again."""
     served: Served | None = field(default=None, repr=False)
     """The answer for the state as it is, made once: a hit allocates nothing."""
 
@@ -183,6 +185,24 @@ class Store:
         entry.failures += 1
         wait_s = max(backoff_s(entry.failures, draw=draw), error.retry_after_s or 0.0)
         entry.retry_mono = now.mono + wait_s
+
+    def hasten(self, key: Key, version: int, *, grace_s: float, now: Instant) -> None:
+        """Everybody uses `version`: if that is the current one, the overlap ends in `grace_s` seconds at the latest."""
+        entry = self._entries.get(key)
+        if entry is None or entry.retire is None or entry.current is None or entry.current.number != version:
+            return
+        if now.mono + grace_s < entry.retire.mono:
+            entry.retire, entry.served = Instant(now.wall + grace_s, now.mono + grace_s), None
+
+    def may_look_again(self, key: Key, version: int, *, pause_s: float, now: Instant) -> bool:
+        """Whether a report that `version` was refused is worth a look: it is current, and none was taken just now."""
+        entry = self._entries.get(key)
+        if entry is None or entry.in_flight or entry.current is None or entry.current.number != version:
+            return False
+        if entry.looked_mono is not None and now.mono - entry.looked_mono < pause_s:
+            return False
+        entry.looked_mono = now.mono
+        return True
 
     def retire(self, key: Key) -> tuple[Issued, ...]:
         """Ends the overlap of `key`; returns what must be revoked."""

@@ -14,7 +14,7 @@ from typing import Self, cast
 import grpc
 from msgspec.structs import replace
 
-from tokenward.attest.caller import Attested
+from tokenward.attest.caller import Attested, Caller
 from tokenward.auditlog import AuditLog
 from tokenward.clock import Clock
 from tokenward.core.audit import Peer, Record
@@ -55,10 +55,14 @@ class Call:
         self._clock = clock
         self._record = Record(event=event, credential=credential[:_MAX_RECORDED_NAME])
 
+    @property
+    def caller(self) -> Caller:
+        """The caller of this request's connection. Raises DeniedError once that has ended."""
+        return self._door.caller(self._context.peer())
+
     async def attest(self) -> Attested:
         """Who is calling, as of now. Raises DeniedError or AttestationError."""
-        caller = self._door.caller(self._context.peer())
-        attested = await caller.identify(self._clock.now().mono)
+        attested = await self.caller.identify(self._clock.now().mono)
         self._record = replace(
             self._record,
             workload=attested.workload.name,
@@ -104,7 +108,7 @@ class Call:
         record = self._record
         if record.peer is None:
             with suppress(DeniedError):
-                peer = self._door.caller(self._context.peer()).peer
+                peer = self.caller.peer
                 record = replace(record, peer=Peer(peer.pid, peer.uid, peer.gid))
         try:
             self._audit.append(replace(record, outcome=error.reason))

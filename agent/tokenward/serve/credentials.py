@@ -15,6 +15,7 @@ from tokenward.auditlog import AuditLog
 from tokenward.broker import Broker
 from tokenward.clock import Clock
 from tokenward.core.model import AnyGrant, JwtGrant, Key, Served
+from tokenward.core.policy import audience_of
 from tokenward.errors import TokenwardError
 from tokenward.serve import convert
 from tokenward.serve.call import Call
@@ -23,6 +24,8 @@ from tokenward.v1 import credentials_pb2 as pb
 from tokenward.v1 import credentials_pb2_grpc as rpc
 from tokenward.watchers import State, Watcher, Watchers
 
+_FIRST_STATE_S = 2.0
+"""How long a watcher waits for what is slow before it gets the rest."""
 _RECHECK_S = 5.0
 """How often the caller of an open, quiet stream is looked at again."""
 
@@ -48,6 +51,7 @@ class CredentialService(rpc.CredentialServiceServicer):
             grant = call.decide(attested, request.name, request.audience)
             served = await self._broker.get(attested.workload, grant, request.audience, timeout_s=call.patience_s())
             call.record(served)
+            self._watchers.lend(call.caller, served.key, served.current.number)
             return pb.GetCredentialResponse(credential=convert.credential(served))
 
     async def WatchCredentials(
@@ -56,7 +60,7 @@ class CredentialService(rpc.CredentialServiceServicer):
         async with self._call(context, "watch") as call:
             attested = await call.attest()
             wanted = _keys(call, attested, request.names)
-            with self._watchers.watch(wanted) as watcher:
+            with self._watchers.watch(wanted, call.caller) as watcher:
                 told: dict[Key, State] = {}
                 states = await self._full_state(attested, wanted)
                 while True:
@@ -69,6 +73,28 @@ class CredentialService(rpc.CredentialServiceServicer):
                     told.update(states)
                     states = await _news(watcher, call, told)
 
+    async def AcknowledgeVersion(
+        self, request: pb.AcknowledgeVersionRequest, context: _Context
+    ) -> pb.AcknowledgeVersionResponse:
+        async with self._call(context, "acknowledge", request.name) as call:
+            attested = await call.attest()
+            grant = call.decide(attested, request.name, request.audience)
+            key = Key(attested.workload.name, grant.name, audience_of(grant, request.audience))
+            call.record()
+            if self._watchers.acknowledge(call.caller, key, request.version):
+                self._broker.moved_on(key, request.version)
+            return pb.AcknowledgeVersionResponse()
+
+    async def ReportRejected(self, request: pb.ReportRejectedRequest, context: _Context) -> pb.ReportRejectedResponse:
+        async with self._call(context, "reject", request.name) as call:
+            attested = await call.attest()
+            grant = call.decide(attested, request.name, request.audience)
+            served = await self._broker.look_again(
+                attested.workload, grant, request.audience, request.version, timeout_s=call.patience_s()
+            )
+            call.record(served)
+            return pb.ReportRejectedResponse(credential=convert.credential(served))
+
     async def ListGrants(self, request: pb.ListGrantsRequest, context: _Context) -> pb.ListGrantsResponse:
         async with self._call(context, "list") as call:
             attested = await call.attest()
@@ -78,7 +104,7 @@ class CredentialService(rpc.CredentialServiceServicer):
     async def _full_state(self, attested: Attested, wanted: dict[Key, AnyGrant]) -> dict[Key, State]:
         async def one(key: Key, grant: AnyGrant) -> State:
             try:
-                return await self._broker.get(attested.workload, grant, key.audience, timeout_s=_RECHECK_S)
+                return await self._broker.get(attested.workload, grant, key.audience, timeout_s=_FIRST_STATE_S)
             except TokenwardError as error:
                 return error
 

@@ -23,6 +23,7 @@ _EVENTS_PER_WAKE = 128
 _BUFFER_BYTES = 64 * 1024
 _READABLE = EPOLLIN | EPOLLERR | EPOLLHUP  # reading is how one learns of an error or a hang-up
 _WRITABLE = EPOLLOUT | EPOLLERR | EPOLLHUP
+_BOTH_FLOW = (EPOLLIN, EPOLLIN)
 
 Handler = Callable[[int], None]
 """Takes the epoll events that came; must bear one that is no longer true."""
@@ -77,17 +78,18 @@ class _Way:
         self.held = held
         self.ended = False
 
-    def pull(self, buffer: memoryview) -> None:
-        """Take what the source has. Raises OSError when the source was torn down, which ends both ways."""
+    def pull(self, buffer: memoryview) -> bool:
+        """Pass on what the source has; True at its end. Raises OSError where it was torn down, which ends both ways."""
         try:
             count = self.source.recv_into(buffer)
         except BlockingIOError:
-            return
+            return False
         if count:
             self._give(buffer[:count])
-        else:
-            self.ended = True
-            self.sink.shutdown(SHUT_WR)
+            return False
+        self.ended = True
+        self.sink.shutdown(SHUT_WR)
+        return True
 
     def push(self) -> None:
         """Give the sink what is held."""
@@ -138,8 +140,8 @@ class Hop:
         if coming.held and events & _WRITABLE:
             coming.push()
         if not leaving.held and not leaving.ended and events & _READABLE:
-            leaving.pull(self._buffer)
-            if leaving.ended and events & EPOLLHUP:
+            read_out = leaving.pull(self._buffer)
+            if read_out and events & EPOLLHUP:
                 # Read to its end and hung up: this side closed both ways, so what is for it has no taker.
                 coming.ended = True
         if self._watched == _BOTH_FLOW and not leaving.held and not leaving.ended and not coming.ended:
@@ -159,9 +161,6 @@ class Hop:
                 self._readiness.watch(sock.fileno(), events, handler)
             else:
                 self._readiness.forget(sock.fileno())
-
-
-_BOTH_FLOW = (EPOLLIN, EPOLLIN)
 
 
 def _wanted(leaving: _Way, coming: _Way) -> int:

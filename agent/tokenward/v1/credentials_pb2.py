@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etokenward/v1/credentials.proto\x12\x0ctokenward.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"6\n\x14GetCredentialRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x61udience\x18\x02 \x01(\t\"E\n\x15GetCredentialResponse\x12,\n\ncredential\x18\x01 \x01(\x0b\x32\x18.tokenward.v1.Credential\"(\n\x17WatchCredentialsRequest\x12\r\n\x05names\x18\x01 \x03(\t\"I\n\x18WatchCredentialsResponse\x12-\n\x06states\x18\x01 \x03(\x0b\x32\x1d.tokenward.v1.CredentialState\"\x82\x01\n\x0f\x43redentialState\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\ncredential\x18\x02 \x01(\x0b\x32\x18.tokenward.v1.CredentialH\x00\x12(\n\x07problem\x18\x03 \x01(\x0b\x32\x15.tokenward.v1.ProblemH\x00\x42\x07\n\x05state\"=\n\x07Problem\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\"\xfe\x02\n\nCredential\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x34\n\x06values\x18\x04 \x03(\x0b\x32$.tokenward.v1.Credential.ValuesEntry\x12-\n\tissued_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nrefresh_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05stale\x18\x08 \x01(\x08\x12.\n\x08previous\x18\t \x01(\x0b\x32\x1c.tokenward.v1.PreviousValues\x12\x10\n\x08\x61udience\x18\n \x01(\t\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb9\x01\n\x0ePreviousValues\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x38\n\x06values\x18\x02 \x03(\x0b\x32(.tokenward.v1.PreviousValues.ValuesEntry\x12-\n\tretire_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x13\n\x11ListGrantsRequest\"=\n\x12ListGrantsResponse\x12\'\n\x06grants\x18\x01 \x03(\x0b\x32\x17.tokenward.v1.GrantInfo\"J\n\tGrantInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06scopes\x18\x03 \x03(\t\x12\x11\n\taudiences\x18\x04 \x03(\t\"\x14\n\x12GetIdentityRequest\"M\n\x13GetIdentityResponse\x12\x11\n\tspiffe_id\x18\x01 \x01(\t\x12\x10\n\x08workload\x18\x02 \x01(\t\x12\x11\n\tselectors\x18\x03 \x03(\t2\xa3\x02\n\x11\x43redentialService\x12X\n\rGetCredential\x12\".tokenward.v1.GetCredentialRequest\x1a#.tokenward.v1.GetCredentialResponse\x12\x63\n\x10WatchCredentials\x12%.tokenward.v1.WatchCredentialsRequest\x1a&.tokenward.v1.WatchCredentialsResponse0\x01\x12O\n\nListGrants\x12\x1f.tokenward.v1.ListGrantsRequest\x1a .tokenward.v1.ListGrantsResponse2e\n\x0fIdentityService\x12R\n\x0bGetIdentity\x12 .tokenward.v1.GetIdentityRequest\x1a!.tokenward.v1.GetIdentityResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etokenward/v1/credentials.proto\x12\x0ctokenward.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"6\n\x14GetCredentialRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x61udience\x18\x02 \x01(\t\"E\n\x15GetCredentialResponse\x12,\n\ncredential\x18\x01 \x01(\x0b\x32\x18.tokenward.v1.Credential\"L\n\x19\x41\x63knowledgeVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x10\n\x08\x61udience\x18\x03 \x01(\t\"\x1c\n\x1a\x41\x63knowledgeVersionResponse\"H\n\x15ReportRejectedRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x10\n\x08\x61udience\x18\x03 \x01(\t\"F\n\x16ReportRejectedResponse\x12,\n\ncredential\x18\x01 \x01(\x0b\x32\x18.tokenward.v1.Credential\"(\n\x17WatchCredentialsRequest\x12\r\n\x05names\x18\x01 \x03(\t\"I\n\x18WatchCredentialsResponse\x12-\n\x06states\x18\x01 \x03(\x0b\x32\x1d.tokenward.v1.CredentialState\"\x82\x01\n\x0f\x43redentialState\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\ncredential\x18\x02 \x01(\x0b\x32\x18.tokenward.v1.CredentialH\x00\x12(\n\x07problem\x18\x03 \x01(\x0b\x32\x15.tokenward.v1.ProblemH\x00\x42\x07\n\x05state\"=\n\x07Problem\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\"\xfe\x02\n\nCredential\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x34\n\x06values\x18\x04 \x03(\x0b\x32$.tokenward.v1.Credential.ValuesEntry\x12-\n\tissued_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nrefresh_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05stale\x18\x08 \x01(\x08\x12.\n\x08previous\x18\t \x01(\x0b\x32\x1c.tokenward.v1.PreviousValues\x12\x10\n\x08\x61udience\x18\n \x01(\t\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb9\x01\n\x0ePreviousValues\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x38\n\x06values\x18\x02 \x03(\x0b\x32(.tokenward.v1.PreviousValues.ValuesEntry\x12-\n\tretire_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x13\n\x11ListGrantsRequest\"=\n\x12ListGrantsResponse\x12\'\n\x06grants\x18\x01 \x03(\x0b\x32\x17.tokenward.v1.GrantInfo\"J\n\tGrantInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06scopes\x18\x03 \x03(\t\x12\x11\n\taudiences\x18\x04 \x03(\t\"\x14\n\x12GetIdentityRequest\"M\n\x13GetIdentityResponse\x12\x11\n\tspiffe_id\x18\x01 \x01(\t\x12\x10\n\x08workload\x18\x02 \x01(\t\x12\x11\n\tselectors\x18\x03 \x03(\t2\xe9\x03\n\x11\x43redentialService\x12X\n\rGetCredential\x12\".tokenward.v1.GetCredentialRequest\x1a#.tokenward.v1.GetCredentialResponse\x12\x63\n\x10WatchCredentials\x12%.tokenward.v1.WatchCredentialsRequest\x1a&.tokenward.v1.WatchCredentialsResponse0\x01\x12g\n\x12\x41\x63knowledgeVersion\x12\'.tokenward.v1.AcknowledgeVersionRequest\x1a(.tokenward.v1.AcknowledgeVersionResponse\x12[\n\x0eReportRejected\x12#.tokenward.v1.ReportRejectedRequest\x1a$.tokenward.v1.ReportRejectedResponse\x12O\n\nListGrants\x12\x1f.tokenward.v1.ListGrantsRequest\x1a .tokenward.v1.ListGrantsResponse2e\n\x0fIdentityService\x12R\n\x0bGetIdentity\x12 .tokenward.v1.GetIdentityRequest\x1a!.tokenward.v1.GetIdentityResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,34 +40,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCREDENTIALREQUEST']._serialized_end=135
   _globals['_GETCREDENTIALRESPONSE']._serialized_start=137
   _globals['_GETCREDENTIALRESPONSE']._serialized_end=206
-  _globals['_WATCHCREDENTIALSREQUEST']._serialized_start=208
-  _globals['_WATCHCREDENTIALSREQUEST']._serialized_end=248
-  _globals['_WATCHCREDENTIALSRESPONSE']._serialized_start=250
-  _globals['_WATCHCREDENTIALSRESPONSE']._serialized_end=323
-  _globals['_CREDENTIALSTATE']._serialized_start=326
-  _globals['_CREDENTIALSTATE']._serialized_end=456
-  _globals['_PROBLEM']._serialized_start=458
-  _globals['_PROBLEM']._serialized_end=519
-  _globals['_CREDENTIAL']._serialized_start=522
-  _globals['_CREDENTIAL']._serialized_end=904
-  _globals['_CREDENTIAL_VALUESENTRY']._serialized_start=859
-  _globals['_CREDENTIAL_VALUESENTRY']._serialized_end=904
-  _globals['_PREVIOUSVALUES']._serialized_start=907
-  _globals['_PREVIOUSVALUES']._serialized_end=1092
-  _globals['_PREVIOUSVALUES_VALUESENTRY']._serialized_start=859
-  _globals['_PREVIOUSVALUES_VALUESENTRY']._serialized_end=904
-  _globals['_LISTGRANTSREQUEST']._serialized_start=1094
-  _globals['_LISTGRANTSREQUEST']._serialized_end=1113
-  _globals['_LISTGRANTSRESPONSE']._serialized_start=1115
-  _globals['_LISTGRANTSRESPONSE']._serialized_end=1176
-  _globals['_GRANTINFO']._serialized_start=1178
-  _globals['_GRANTINFO']._serialized_end=1252
-  _globals['_GETIDENTITYREQUEST']._serialized_start=1254
-  _globals['_GETIDENTITYREQUEST']._serialized_end=1274
-  _globals['_GETIDENTITYRESPONSE']._serialized_start=1276
-  _globals['_GETIDENTITYRESPONSE']._serialized_end=1353
-  _globals['_CREDENTIALSERVICE']._serialized_start=1356
-  _globals['_CREDENTIALSERVICE']._serialized_end=1647
-  _globals['_IDENTITYSERVICE']._serialized_start=1649
-  _globals['_IDENTITYSERVICE']._serialized_end=1750
+  _globals['_ACKNOWLEDGEVERSIONREQUEST']._serialized_start=208
+  _globals['_ACKNOWLEDGEVERSIONREQUEST']._serialized_end=284
+  _globals['_ACKNOWLEDGEVERSIONRESPONSE']._serialized_start=286
+  _globals['_ACKNOWLEDGEVERSIONRESPONSE']._serialized_end=314
+  _globals['_REPORTREJECTEDREQUEST']._serialized_start=316
+  _globals['_REPORTREJECTEDREQUEST']._serialized_end=388
+  _globals['_REPORTREJECTEDRESPONSE']._serialized_start=390
+  _globals['_REPORTREJECTEDRESPONSE']._serialized_end=460
+  _globals['_WATCHCREDENTIALSREQUEST']._serialized_start=462
+  _globals['_WATCHCREDENTIALSREQUEST']._serialized_end=502
+  _globals['_WATCHCREDENTIALSRESPONSE']._serialized_start=504
+  _globals['_WATCHCREDENTIALSRESPONSE']._serialized_end=577
+  _globals['_CREDENTIALSTATE']._serialized_start=580
+  _globals['_CREDENTIALSTATE']._serialized_end=710
+  _globals['_PROBLEM']._serialized_start=712
+  _globals['_PROBLEM']._serialized_end=773
+  _globals['_CREDENTIAL']._serialized_start=776
+  _globals['_CREDENTIAL']._serialized_end=1158
+  _globals['_CREDENTIAL_VALUESENTRY']._serialized_start=1113
+  _globals['_CREDENTIAL_VALUESENTRY']._serialized_end=1158
+  _globals['_PREVIOUSVALUES']._serialized_start=1161
+  _globals['_PREVIOUSVALUES']._serialized_end=1346
+  _globals['_PREVIOUSVALUES_VALUESENTRY']._serialized_start=1113
+  _globals['_PREVIOUSVALUES_VALUESENTRY']._serialized_end=1158
+  _globals['_LISTGRANTSREQUEST']._serialized_start=1348
+  _globals['_LISTGRANTSREQUEST']._serialized_end=1367
+  _globals['_LISTGRANTSRESPONSE']._serialized_start=1369
+  _globals['_LISTGRANTSRESPONSE']._serialized_end=1430
+  _globals['_GRANTINFO']._serialized_start=1432
+  _globals['_GRANTINFO']._serialized_end=1506
+  _globals['_GETIDENTITYREQUEST']._serialized_start=1508
+  _globals['_GETIDENTITYREQUEST']._serialized_end=1528
+  _globals['_GETIDENTITYRESPONSE']._serialized_start=1530
+  _globals['_GETIDENTITYRESPONSE']._serialized_end=1607
+  _globals['_CREDENTIALSERVICE']._serialized_start=1610
+  _globals['_CREDENTIALSERVICE']._serialized_end=2099
+  _globals['_IDENTITYSERVICE']._serialized_start=2101
+  _globals['_IDENTITYSERVICE']._serialized_end=2202
 # @@protoc_insertion_point(module_scope)

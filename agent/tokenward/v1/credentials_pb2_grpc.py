@@ -44,6 +44,16 @@ class CredentialServiceStub(object):
                 request_serializer=tokenward_dot_v1_dot_credentials__pb2.WatchCredentialsRequest.SerializeToString,
                 response_deserializer=tokenward_dot_v1_dot_credentials__pb2.WatchCredentialsResponse.FromString,
                 _registered_method=True)
+        self.AcknowledgeVersion = channel.unary_unary(
+                '/tokenward.v1.CredentialService/AcknowledgeVersion',
+                request_serializer=tokenward_dot_v1_dot_credentials__pb2.AcknowledgeVersionRequest.SerializeToString,
+                response_deserializer=tokenward_dot_v1_dot_credentials__pb2.AcknowledgeVersionResponse.FromString,
+                _registered_method=True)
+        self.ReportRejected = channel.unary_unary(
+                '/tokenward.v1.CredentialService/ReportRejected',
+                request_serializer=tokenward_dot_v1_dot_credentials__pb2.ReportRejectedRequest.SerializeToString,
+                response_deserializer=tokenward_dot_v1_dot_credentials__pb2.ReportRejectedResponse.FromString,
+                _registered_method=True)
         self.ListGrants = channel.unary_unary(
                 '/tokenward.v1.CredentialService/ListGrants',
                 request_serializer=tokenward_dot_v1_dot_credentials__pb2.ListGrantsRequest.SerializeToString,
@@ -68,6 +78,22 @@ class CredentialServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AcknowledgeVersion(self, request, context):
+        """Says that the caller has switched to a version. Once everybody who watches the credential has said so, the version
+        before it need not wait for the end of the overlap.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportRejected(self, request, context):
+        """Says that the far end refused a version. The agent looks again at once, if it has not just done so, and answers
+        with what it has then: another version if there is one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListGrants(self, request, context):
         """What the caller may ask for: names and kinds, no values.
         """
@@ -87,6 +113,16 @@ def add_CredentialServiceServicer_to_server(servicer, server):
                     servicer.WatchCredentials,
                     request_deserializer=tokenward_dot_v1_dot_credentials__pb2.WatchCredentialsRequest.FromString,
                     response_serializer=tokenward_dot_v1_dot_credentials__pb2.WatchCredentialsResponse.SerializeToString,
+            ),
+            'AcknowledgeVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcknowledgeVersion,
+                    request_deserializer=tokenward_dot_v1_dot_credentials__pb2.AcknowledgeVersionRequest.FromString,
+                    response_serializer=tokenward_dot_v1_dot_credentials__pb2.AcknowledgeVersionResponse.SerializeToString,
+            ),
+            'ReportRejected': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportRejected,
+                    request_deserializer=tokenward_dot_v1_dot_credentials__pb2.ReportRejectedRequest.FromString,
+                    response_serializer=tokenward_dot_v1_dot_credentials__pb2.ReportRejectedResponse.SerializeToString,
             ),
             'ListGrants': grpc.unary_unary_rpc_method_handler(
                     servicer.ListGrants,
@@ -148,6 +184,60 @@ class CredentialService(object):
             '/tokenward.v1.CredentialService/WatchCredentials',
             tokenward_dot_v1_dot_credentials__pb2.WatchCredentialsRequest.SerializeToString,
             tokenward_dot_v1_dot_credentials__pb2.WatchCredentialsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcknowledgeVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenward.v1.CredentialService/AcknowledgeVersion',
+            tokenward_dot_v1_dot_credentials__pb2.AcknowledgeVersionRequest.SerializeToString,
+            tokenward_dot_v1_dot_credentials__pb2.AcknowledgeVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportRejected(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenward.v1.CredentialService/ReportRejected',
+            tokenward_dot_v1_dot_credentials__pb2.ReportRejectedRequest.SerializeToString,
+            tokenward_dot_v1_dot_credentials__pb2.ReportRejectedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,14 @@ class CredentialServiceStub:
     """The credential as it is now. Answered from memory whenever a live value is there."""
     WatchCredentials: _grpc.UnaryStreamMultiCallable[_credentials_pb2.WatchCredentialsRequest, _credentials_pb2.WatchCredentialsResponse]
     """First message: the full state of everything asked for. Then each change, newest wins."""
+    AcknowledgeVersion: _grpc.UnaryUnaryMultiCallable[_credentials_pb2.AcknowledgeVersionRequest, _credentials_pb2.AcknowledgeVersionResponse]
+    """Says that the caller has switched to a version. Once everybody who watches the credential has said so, the version
+    before it need not wait for the end of the overlap.
+    """
+    ReportRejected: _grpc.UnaryUnaryMultiCallable[_credentials_pb2.ReportRejectedRequest, _credentials_pb2.ReportRejectedResponse]
+    """Says that the far end refused a version. The agent looks again at once, if it has not just done so, and answers
+    with what it has then: another version if there is one.
+    """
     ListGrants: _grpc.UnaryUnaryMultiCallable[_credentials_pb2.ListGrantsRequest, _credentials_pb2.ListGrantsResponse]
     """What the caller may ask for: names and kinds, no values."""
 
@@ -49,6 +57,14 @@ class CredentialServiceAsyncStub(CredentialServiceStub):
     """The credential as it is now. Answered from memory whenever a live value is there."""
     WatchCredentials: _aio.UnaryStreamMultiCallable[_credentials_pb2.WatchCredentialsRequest, _credentials_pb2.WatchCredentialsResponse]  # type: ignore[assignment]
     """First message: the full state of everything asked for. Then each change, newest wins."""
+    AcknowledgeVersion: _aio.UnaryUnaryMultiCallable[_credentials_pb2.AcknowledgeVersionRequest, _credentials_pb2.AcknowledgeVersionResponse]  # type: ignore[assignment]
+    """Says that the caller has switched to a version. Once everybody who watches the credential has said so, the version
+    before it need not wait for the end of the overlap.
+    """
+    ReportRejected: _aio.UnaryUnaryMultiCallable[_credentials_pb2.ReportRejectedRequest, _credentials_pb2.ReportRejectedResponse]  # type: ignore[assignment]
+    """Says that the far end refused a version. The agent looks again at once, if it has not just done so, and answers
+    with what it has then: another version if there is one.
+    """
     ListGrants: _aio.UnaryUnaryMultiCallable[_credentials_pb2.ListGrantsRequest, _credentials_pb2.ListGrantsResponse]  # type: ignore[assignment]
     """What the caller may ask for: names and kinds, no values."""
 
@@ -68,6 +84,26 @@ class CredentialServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_credentials_pb2.WatchCredentialsResponse], _abc.AsyncIterator[_credentials_pb2.WatchCredentialsResponse]]:
         """First message: the full state of everything asked for. Then each change, newest wins."""
+
+    @_abc_1.abstractmethod
+    def AcknowledgeVersion(
+        self,
+        request: _credentials_pb2.AcknowledgeVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_credentials_pb2.AcknowledgeVersionResponse, _abc.Awaitable[_credentials_pb2.AcknowledgeVersionResponse]]:
+        """Says that the caller has switched to a version. Once everybody who watches the credential has said so, the version
+        before it need not wait for the end of the overlap.
+        """
+
+    @_abc_1.abstractmethod
+    def ReportRejected(
+        self,
+        request: _credentials_pb2.ReportRejectedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_credentials_pb2.ReportRejectedResponse, _abc.Awaitable[_credentials_pb2.ReportRejectedResponse]]:
+        """Says that the far end refused a version. The agent looks again at once, if it has not just done so, and answers
+        with what it has then: another version if there is one.
+        """
 
     @_abc_1.abstractmethod
     def ListGrants(

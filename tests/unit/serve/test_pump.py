@@ -153,6 +153,14 @@ def test_a_side_that_closes_both_ways_ends_the_hop(joined: Joined, leaver: str) 
     assert joined.ended
 
 
+def test_a_client_that_leaves_with_both_ways_full_takes_nothing_back_of_what_it_sent(joined: Joined) -> None:
+    sent = fill(joined.client, joined, most=64 << 20)
+    fill(joined.inner, joined, most=64 << 20)
+    joined.client.close()
+    joined.turn()
+    assert drain(joined.inner, joined) == b"first " + sent
+
+
 def test_a_hang_up_is_not_told_for_ever(joined: Joined) -> None:
     """The client has closed, its bytes wait for a slow server: nothing to do must mean nothing done."""
     sent = fill(joined.client, joined, most=64 << 20)
