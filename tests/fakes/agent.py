@@ -45,6 +45,8 @@ class FakeAgent:
         self.gets: list[pb.GetCredentialRequest] = []
         self.watches: list[tuple[str, ...]] = []
         """The names of each watch that was opened, in order."""
+        self.acknowledged: list[tuple[str, int]] = []
+        """Name and version of each acknowledgement, in order."""
         self.get_delay_s = 0.0
         self.abandoned = 0
         """How many gets their callers gave up while they were delayed."""
@@ -201,6 +203,16 @@ class _Credentials(rpc.CredentialServiceServicer):
     ) -> Iterator[pb.WatchCredentialsResponse]:
         for states in self._agent.follow(tuple(request.names), context):
             yield pb.WatchCredentialsResponse(states=states)
+
+    def AcknowledgeVersion(self, request: pb.AcknowledgeVersionRequest, context: Any) -> pb.AcknowledgeVersionResponse:
+        self._agent.check(context, [request.name])
+        self._agent.acknowledged.append((request.name, request.version))
+        return pb.AcknowledgeVersionResponse()
+
+    def ReportRejected(self, request: pb.ReportRejectedRequest, context: Any) -> pb.ReportRejectedResponse:
+        self._agent.check(context, [request.name])
+        self._agent.rotate(request.name)
+        return pb.ReportRejectedResponse(credential=self._agent.state(request.name, context).credential)
 
     def ListGrants(self, request: pb.ListGrantsRequest, context: Any) -> pb.ListGrantsResponse:
         self._agent.check(context)

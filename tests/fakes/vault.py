@@ -94,9 +94,9 @@ class Handler(BaseHTTPRequestHandler):
         if lie is None:
             self._answer(json.loads(body) if body else {})
             return
+        self.close_connection = True
         with contextlib.suppress(OSError):
             lie(self)
-        self.close_connection = True
 
     do_GET = do_POST = do_PUT = do_DELETE = do_LIST = _serve  # noqa: N815 -- names that http.server looks for
 
@@ -106,6 +106,8 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
 

@@ -185,6 +185,34 @@ def test_a_handle_shows_each_rotation(agent: FakeAgent, client: Client) -> None:
     assert not agent.gets
 
 
+def test_a_new_version_is_acknowledged_once_it_is_in_use_and_the_callbacks_are_through(
+    agent: FakeAgent, client: Client
+) -> None:
+    handle = client.credential("db")
+    seen: list[tuple[int, int]] = []
+    handle.on_change(lambda change: seen.append((handle.version, len(agent.acknowledged))))
+    assert handle.version == 1
+    previous = pb.PreviousValues(version=1, values={"password": "db-1"})
+    agent.rotate("db", previous=previous)
+    wait_for(lambda: agent.acknowledged == [("db", 2)])
+    assert seen[-1] == (2, 0), "the callback came first"
+    agent.rotate("db")
+    wait_for(lambda: handle.version == 3)
+    assert agent.acknowledged == [("db", 2)], "without an overlap there is nothing to end"
+
+
+def test_a_refused_credential_is_reported_and_answered_with_what_there_is_now(agent: FakeAgent, client: Client) -> None:
+    refused = client.get("db")
+    replaced = client.report_rejected(refused)
+    assert (replaced.name, replaced.version) == ("db", refused.version + 1)
+
+
+async def test_a_refused_credential_is_reported_from_a_loop_as_well(agent: FakeAgent) -> None:
+    async with AsyncClient(agent.path) as client:
+        refused = await client.get("db")
+        assert (await client.report_rejected(refused)).version == refused.version + 1
+
+
 def test_a_handle_asks_for_nothing_before_its_first_use(agent: FakeAgent, client: Client) -> None:
     client.credential("db")
     assert client.get("other")

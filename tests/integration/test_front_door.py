@@ -312,7 +312,8 @@ def test_a_thousand_connections_at_once_are_all_served(loop_name: str) -> None:
     """The traps: SETTINGS before the halves are joined, and EAGAIN from grpcio's full backlog."""
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     many = min(1000, (descriptors - 400) // 6)
-    with House(loop_name) as house, contextlib.ExitStack() as channels:
+    limits = DoorLimits(max_connections=many, max_connections_per_uid=many)
+    with House(loop_name, limits=limits) as house, contextlib.ExitStack() as channels:
         made = [channels.enter_context(house.channel()) for _ in range(many)]
         calls = [
             channel.unary_unary("/test/Echo").future(str(at).encode(), timeout=60) for at, channel in enumerate(made)

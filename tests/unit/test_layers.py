@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "agent" / "tokenward"
-OF_THE_WORLD = {"asyncio", "socket", "os", "time", "random", "logging", "grpc", "threading", "subprocess", "hvac"}
+OF_THE_WORLD = {"asyncio", "socket", "os", "time", "random", "logging", "grpc", "threading", "subprocess", "urllib3"}
 
 # Each room may use those below it, and its own.
 LADDER = (
@@ -70,8 +70,10 @@ def test_every_room_is_on_the_ladder() -> None:
     assert {room_of(path) for path in modules()} - {"__init__"} == RUNG.keys() - {"v1"}
 
 
-def test_the_vaults_library_is_used_in_one_place() -> None:
+def test_http_to_the_vault_is_spoken_in_one_place() -> None:
     users = {
-        str(path.relative_to(PACKAGE)) for path in modules() if any(n.split(".")[0] == "hvac" for n in imports(path))
+        str(path.relative_to(PACKAGE))
+        for path in modules()
+        if {name.split(".")[0] for name in imports(path)} & {"urllib3", "requests", "hvac", "httpx"}
     }
-    assert users == {"vault/transport.py"}
+    assert users == {"vault/transport.py", "vault/connections.py"}

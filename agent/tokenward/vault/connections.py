@@ -1,8 +1,8 @@
 """The connections to one vault address: verified, pooled, and bounded in what a reply may weigh and take.
 
-Owns what is under hvac and requests: TLS with the configured files and nothing of the system's environment, Unix
-sockets, and a limit for the bytes and the time of each reply as a whole, status line, headers and framing included:
-requests bounds neither. It leaves everything about requests and their meaning to `transport`.
+Owns TLS with the configured files and nothing of the environment, Unix sockets, and a limit for the bytes and the time
+of each reply as a whole, status line, headers and framing included: urllib3 bounds neither. It leaves requests and
+their meaning to `transport`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import requests
 import urllib3
-from requests.adapters import HTTPAdapter
 
 # urllib3 logs the raw text of a malformed reply; nothing that a vault says is written to our log.
 logging.getLogger("urllib3.connection").setLevel(logging.CRITICAL)
@@ -49,11 +47,10 @@ class TlsFiles:
         return made
 
 
-class Server(HTTPAdapter):
+class Server:
     """The connections to one address; it alone decides how they are made and verified."""
 
     def __init__(self, *, address: str, tls: TlsFiles, max_reply_bytes: int, connections: int) -> None:
-        super().__init__(max_retries=0)
         self._address = urlsplit(address)
         self._tls = tls
         self._options: dict[str, Any] = {"maxsize": connections, "max_reply_bytes": max_reply_bytes}
@@ -61,7 +58,8 @@ class Server(HTTPAdapter):
         self._stamps: tuple[object, ...] = ()
         self._lock = threading.Lock()
 
-    def get_connection_with_tls_context(self, *_: object, **__: object) -> urllib3.HTTPConnectionPool:
+    def pool(self) -> urllib3.HTTPConnectionPool:
+        """The pool to ask; a new one when a TLS file was replaced. Raises OSError when one cannot be read."""
         with self._lock:
             stamps = self._tls.stamps() if self._address.scheme == "https" else ()
             if self._pool is None or stamps != self._stamps:
@@ -79,14 +77,8 @@ class Server(HTTPAdapter):
             return _TlsPool(at.hostname or "", at.port, ssl_context=context, **self._options)
         return _Pool(at.hostname or "", at.port, **self._options)
 
-    def cert_verify(self, *_: object, **__: object) -> None:
-        """Nothing: the pool's SSLContext verifies; requests would add its own CA bundle to it."""
-
-    def request_url(self, request: requests.PreparedRequest, proxies: object) -> str:
-        del proxies
-        return request.path_url
-
     def close(self) -> None:
+        """Closes what is idle at once, and what is in use when its answer is there."""
         with self._lock:
             if self._pool is not None:
                 self._pool.close()
