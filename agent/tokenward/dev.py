@@ -12,7 +12,6 @@ import fcntl
 import os
 import secrets
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -77,18 +76,16 @@ kind = "vault_token"
 """
 
 _HINTS = """\
-tokenward dev is ready: you are workload "demo" for every process of uid {uid}.
-
-  tokenward get demo-api-key --field api_key     the credential that an application would use
-  tokenward get demo-jwt --field token           a JWT for https://api.example
-  tokenward watch                                every change, as it happens
-  tokenward whoami                               what the agent knows of you
-  sudo -u nobody {tokenward} --socket {socket} get demo-api-key     another user gets nothing
-
-  socket  {socket}
-  config  {config}
-  audit   {audit}
+tokenward dev is ready: every process of uid {uid} is workload "demo".
 First credential: {name} version {version} with the fields {fields}, fetched in {took_ms:.0f} ms.
+
+  {call} get demo-api-key --field api_key    what an application would use
+  {call} get demo-jwt --field token          a JWT for https://api.example
+  {call} watch                               every change, as it happens
+  {call} whoami                              what the agent knows of you
+
+A process of any other user gets nothing from {socket}.
+Configuration: {config}. Audit log: {audit}.
 Ctrl-C ends the agent and its vault.
 """
 
@@ -175,7 +172,7 @@ async def _announce(place: Place, config: Config, vault: EmbeddedVault, *, as_js
         credential = await client.get("demo-api-key")
     text = _HINTS.format(
         uid=os.getuid(),
-        tokenward=sys.argv[0],
+        call="tokenward" if place.directory == default_directory() else f"tokenward --socket {socket}",
         socket=socket,
         config=place.config,
         audit=place.audit,
