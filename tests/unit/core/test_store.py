@@ -227,3 +227,51 @@ def test_a_key_in_flight_without_a_value_needs_no_revocation() -> None:
 def test_two_answers_of_one_state_are_one_object() -> None:
     store = holding(issued())
     assert hit(store, 1) is hit(store, 2)
+
+
+def test_an_overlap_can_be_made_to_end_sooner_but_never_later() -> None:
+    store = holding(issued(value="old"))
+    refresh(store, issued(at=60, value="new"))
+    store.hasten(KEY, 2, grace_s=1, now=instant(62))
+    assert hit(store, 62).retire == instant(63)
+    store.hasten(KEY, 2, grace_s=5, now=instant(62))
+    assert hit(store, 62).retire == instant(63)
+    assert store.due(instant(63), ()) == (Retire(KEY),)
+
+
+def test_an_overlap_is_not_hastened_for_another_version_or_when_there_is_none() -> None:
+    store = holding(issued(value="old"))
+    store.hasten(KEY, 1, grace_s=1, now=instant(1))
+    assert hit(store, 1).retire is None
+    refresh(store, issued(at=60, value="new"))
+    for version in (1, 3):
+        store.hasten(KEY, version, grace_s=1, now=instant(61))
+    assert hit(store, 61).retire == instant(70)
+    store.hasten(Key("app", "unknown"), 1, grace_s=1, now=instant(61))
+
+
+def test_a_refused_version_is_looked_at_once_per_pause() -> None:
+    store = holding(issued())
+    assert store.may_look_again(KEY, 1, pause_s=10, now=instant(5))
+    assert not store.may_look_again(KEY, 1, pause_s=10, now=instant(14.9))
+    assert store.may_look_again(KEY, 1, pause_s=10, now=instant(15))
+
+
+def test_a_version_that_is_not_current_or_on_its_way_out_is_not_looked_at() -> None:
+    store = holding(issued())
+    assert not store.may_look_again(KEY, 2, pause_s=10, now=instant(5))
+    assert not store.may_look_again(Key("app", "unknown"), 1, pause_s=10, now=instant(5))
+    store.begin(KEY)
+    assert not store.may_look_again(KEY, 1, pause_s=10, now=instant(5))
+
+
+def test_what_has_expired_is_no_live_value_and_asking_so_is_no_use_of_it() -> None:
+    store = holding(issued(lifetime_s=100))
+    assert store.live(KEY, instant(99)) is not None
+    assert store.live(KEY, instant(100)) is None
+    assert store.live(Key("app", "unknown"), instant(0)) is None
+
+
+def test_a_key_names_its_audience_where_it_has_one() -> None:
+    assert str(KEY) == "app/api"
+    assert str(Key("app", "jwt", "https://api")) == "app/jwt for https://api"
