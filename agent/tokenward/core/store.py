@@ -102,6 +102,8 @@ class Store:
     def __init__(self, *, margin_s: float) -> None:
         self._margin_s = margin_s
         self._entries: dict[Key, _Entry] = {}
+        self._numbers: dict[Key, int] = {}
+        """The last version number of each key that was dropped: the count goes on when it comes back."""
 
     # -- asked by callers ---------------------------------------------------------------------------------------
 
@@ -109,7 +111,7 @@ class Store:
         """What to do for a caller of `key`. After `Fetch` the key is in flight until `put` or `fail`."""
         entry = self._entries.get(key)
         if entry is None:
-            entry = self._entries[key] = _Entry(grant)
+            entry = self._entries[key] = _Entry(grant, number=self._numbers.pop(key, 0))
         entry.used_mono = now.mono
         if entry.current is not None and entry.current.issued.is_live(now):
             return Hit(self._answer(key, entry, now))
@@ -218,6 +220,7 @@ class Store:
         entry = self._entries.pop(key, None)
         if entry is None:
             return ()
+        self._numbers[key] = entry.number
         return tuple(version.issued for version in (entry.previous, entry.current) if version is not None)
 
     def drop_all(self) -> dict[Key, tuple[Issued, ...]]:

@@ -275,3 +275,11 @@ def test_what_has_expired_is_no_live_value_and_asking_so_is_no_use_of_it() -> No
 def test_a_key_names_its_audience_where_it_has_one() -> None:
     assert str(KEY) == "app/api"
     assert str(Key("app", "jwt", "https://api")) == "app/jwt for https://api"
+
+
+def test_version_numbers_go_on_after_a_credential_was_let_go() -> None:
+    store = holding(issued(value="one"))
+    store.drop(KEY)
+    assert isinstance(store.decide(KEY, GRANT, instant(200)), Fetch)
+    put(store, issued(at=200, value="two"), instant(200))
+    assert hit(store, 201).current.number == 2
