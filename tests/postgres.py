@@ -184,8 +184,9 @@ class Postgres:
 
     def _started(self, *command: str | Path) -> list[str]:
         """`command` as a process that ends with us, and never as root."""
-        account = self._account or pwd.getpwuid(os.getuid())
-        ids = map(str, (os.getpid(), account.pw_uid, account.pw_gid))
+        account = self._account
+        user = (account.pw_uid, account.pw_gid) if account is not None else (os.getuid(), os.getgid())
+        ids = map(str, (os.getpid(), *user))
         return [sys.executable, "-ISc", _STARTER, *ids, *map(str, command)]
 
     def _surroundings(self) -> dict[str, Any]:

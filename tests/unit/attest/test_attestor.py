@@ -54,9 +54,10 @@ async def test_ids_and_the_path_are_always_known(peer: Peer) -> None:
 
 
 async def test_names_are_looked_up_where_a_workload_asks_for_them(peer: Peer) -> None:
-    seen = await Attestor(workloads=[workload("a", "unix:user:x"), workload("b", "unix:group:x")]).attest(peer)
-    assert _values(seen, "unix:user") == {pwd.getpwuid(os.geteuid()).pw_name}
-    assert _values(seen, "unix:group") == {grp.getgrgid(os.getegid()).gr_name}
+    named = replace(peer, uid=0, gid=0)  # we ourselves may be a user without a name
+    seen = await Attestor(workloads=[workload("a", "unix:user:x"), workload("b", "unix:group:x")]).attest(named)
+    assert _values(seen, "unix:user") == {pwd.getpwuid(0).pw_name}
+    assert _values(seen, "unix:group") == {grp.getgrgid(0).gr_name}
 
 
 async def test_an_id_without_a_name_has_none(peer: Peer) -> None:
@@ -123,13 +124,15 @@ async def test_a_process_that_ended_is_gone_whatever_was_read(peer: Peer) -> Non
 
 
 async def test_new_workloads_change_what_is_read_and_the_generation(peer: Peer) -> None:
+    named = replace(peer, uid=0, gid=0)
     attestor = Attestor(workloads=[])
-    before = await attestor.examine(peer)
+    before = await attestor.examine(named)
     attestor.replace([app := workload("a", "unix:user:x")])
-    after = await attestor.examine(peer)
+    after = await attestor.examine(named)
     assert (before.workloads, after.workloads) == ((), (app,))
     assert after.generation == attestor.generation == before.generation + 1
-    assert _values(after.attestation, "unix:user")
+    assert not _values(before.attestation, "unix:user")
+    assert _values(after.attestation, "unix:user") == {pwd.getpwuid(0).pw_name}
 
 
 async def test_a_hash_is_computed_once_and_survives_whoever_asked_first() -> None:
