@@ -150,13 +150,11 @@ async def _build(config: Config, signer: Signer | None, closing: AsyncExitStack)
     closing.callback(door.close)
 
     server = grpc.aio.server()
-    credential_service = CredentialService(door=door, broker=broker, watchers=watchers, audit=audit, clock=clock)
-    credentials_pb2_grpc.add_CredentialServiceServicer_to_server(credential_service, server)
-    identity_service = IdentityService(door=door, audit=audit, clock=clock)
-    credentials_pb2_grpc.add_IdentityServiceServicer_to_server(identity_service, server)
-    servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    servicer = _add_services(
+        server,
+        CredentialService(door=door, broker=broker, watchers=watchers, audit=audit, clock=clock),
+        IdentityService(door=door, audit=audit, clock=clock),
+    )
     server.add_insecure_port(f"unix:{inner}")
     await server.start()
     closing.push_async_callback(server.stop, None)
@@ -172,6 +170,16 @@ async def _build(config: Config, signer: Signer | None, closing: AsyncExitStack)
         server=server,
         health=servicer,
     )
+
+
+def _add_services(server: grpc.aio.Server, credentials: CredentialService, identity: IdentityService) -> Any:
+    """Has `server` offer ours, health and reflection; returns the one that health is set on."""
+    credentials_pb2_grpc.add_CredentialServiceServicer_to_server(credentials, server)
+    credentials_pb2_grpc.add_IdentityServiceServicer_to_server(identity, server)
+    servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    return servicer
 
 
 def _listen(listen: Listen) -> Listener:

@@ -12,9 +12,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import jwt
 import pytest
 from cryptography import x509
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from tests.agents import TOKENWARD, DevAgent, Process, tokenward
 from tokenward.client import Client
@@ -131,6 +134,16 @@ def test_the_vault_token_reads_what_its_workload_may_and_nothing_else(client: Cl
         with pytest.raises(hvac.exceptions.Forbidden):
             vault.list(path)
     session.close()
+
+
+def test_health_and_reflection_are_those_that_every_grpc_tool_asks_for(agent: DevAgent) -> None:
+    with grpc.insecure_channel(f"unix:{agent.workload_socket}") as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", "tokenward.v1.CredentialService", "tokenward.v1.IdentityService"):
+            answer = health.Check(health_pb2.HealthCheckRequest(service=service))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        services = ProtoReflectionDescriptorDatabase(channel).get_services()
+    assert {"tokenward.v1.CredentialService", "tokenward.v1.IdentityService", "grpc.health.v1.Health"} <= set(services)
 
 
 def test_plain_http_gets_a_clear_no(agent: DevAgent) -> None:
