@@ -53,6 +53,9 @@ class Failed:
 
 Decision = Hit | Wait | Fetch | Failed
 
+_LAST_PAUSE_S = 0.5
+"""The shortest wait between attempts at the very end of a value's life."""
+
 
 @dataclass(frozen=True, slots=True)
 class Refresh:
@@ -185,8 +188,11 @@ class Store:
         entry = self._entries[key]
         entry.in_flight, entry.error, entry.served = False, error, None
         entry.failures += 1
-        wait_s = max(backoff_s(entry.failures, draw=draw), error.retry_after_s or 0.0)
-        entry.retry_mono = now.mono + wait_s
+        wait_s = backoff_s(entry.failures, draw=draw)
+        if entry.current is not None and entry.current.issued.is_live(now):
+            left_s = entry.current.issued.expires.mono - now.mono
+            wait_s = min(wait_s, max(left_s / 2, _LAST_PAUSE_S))  # the vault may be back before the value ends
+        entry.retry_mono = now.mono + max(wait_s, error.retry_after_s or 0.0)
 
     def hasten(self, key: Key, version: int, *, grace_s: float, now: Instant) -> None:
         """Everybody uses `version`: if that is the current one, the overlap ends in `grace_s` seconds at the latest."""

@@ -208,6 +208,7 @@ class VaultClient:
                 maybe_done = got.sent
             failures.append(failure)
             if maybe_done and not request.repeatable:
+                self._good = (number + 1) % len(self._transports)  # the next call begins elsewhere
                 break
         raise _unavailable(failures, wait_s)
 

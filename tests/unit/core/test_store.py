@@ -283,3 +283,18 @@ def test_version_numbers_go_on_after_a_credential_was_let_go() -> None:
     assert isinstance(store.decide(KEY, GRANT, instant(200)), Fetch)
     put(store, issued(at=200, value="two"), instant(200))
     assert hit(store, 201).current.number == 2
+
+
+def test_the_back_off_leaves_room_for_another_attempt_before_the_value_ends() -> None:
+    store = holding(issued(lifetime_s=100))
+    for _ in range(8):
+        store.begin(KEY)
+        store.fail(KEY, DOWN, draw=1.0, now=instant(90))
+    assert store.next_due_mono() == 95
+    store.begin(KEY)
+    store.fail(KEY, DOWN, draw=1.0, now=instant(99.9))
+    assert store.next_due_mono() == 99.9 + 0.5
+    store.begin(KEY)
+    limited = VaultUnavailableError(Reason.VAULT_RATE_LIMITED, "slow", retry_after_s=9)
+    store.fail(KEY, limited, draw=1.0, now=instant(90))
+    assert store.next_due_mono() == 99, "what the vault asks for is obeyed all the same"

@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -88,6 +88,16 @@ async def test_a_call_that_makes_a_lease_is_never_sent_twice_once_it_may_have_be
     with pytest.raises(VaultUnavailableError):
         await client.call(CREATE, into=dict, auth=token)
     assert counts(vaults) == [1, 0, 0]
+
+
+async def test_an_address_that_hangs_on_a_lease_is_not_asked_first_again(
+    vaults: list[FakeVault], client: VaultClient, token: Secret
+) -> None:
+    vaults[0].lies.extend([fake.hangs] * 5)
+    for _ in range(2):
+        with suppress(VaultUnavailableError, NotFoundError):
+            await client.call(CREATE, into=dict, auth=token)
+    assert counts(vaults)[:2] == [1, 1]
 
 
 @pytest.mark.parametrize("lie", [fake.hangs, fake.refuses(502)], ids=["hangs", "502"])
