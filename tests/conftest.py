@@ -9,9 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.openbao import Bao
 from tests.postgres import Postgres
+
+
+settings.register_profile("unhurried", settings(), deadline=None)  # how long an example takes is not what is tested
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")
