@@ -14,7 +14,6 @@ from hypothesis import settings
 from tests.openbao import Bao
 from tests.postgres import Postgres
 
-
 settings.register_profile("unhurried", settings(), deadline=None)  # how long an example takes is not what is tested
 settings.load_profile("unhurried")
 
