@@ -34,6 +34,7 @@ def main() -> int:
         about = {
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "cores": os.cpu_count(),
+            "load_average": os.getloadavg()[0],
             "kernel": platform.release(),
             "python": platform.python_version(),
         }
@@ -53,9 +54,9 @@ def taken() -> list[Figure]:
                 proxy.ready_s()
                 agent.ready_s()
                 figures += measures.first_fetch(site, agent, proxy)
+                figures += measures.keeping(agent, proxy)
                 figures += measures.cached_gets(site, agent, proxy, directory)
                 figures += measures.reading(agent)
-                figures += measures.keeping(agent)
                 figures += measures.rotating(site, agent)
     return figures
 
