@@ -156,6 +156,7 @@ async def _build(config: Config, signer: Signer | None, closing: AsyncExitStack)
         IdentityService(door=door, audit=audit, clock=clock),
     )
     server.add_insecure_port(f"unix:{inner}")
+    await servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)  # it would say SERVING until the first look
     await server.start()
     closing.push_async_callback(server.stop, None)
     return _Agent(
@@ -284,7 +285,8 @@ async def _watch_health(agent: _Agent) -> None:
         status = health_pb2.HealthCheckResponse.NOT_SERVING if trouble else health_pb2.HealthCheckResponse.SERVING
         for service in ("", *_SERVICES):
             await agent.health.set(service, status)
-        await asyncio.sleep(backoff_s(failures, draw=random.random()) if failures else _LOGIN_CHECK_S)  # noqa: S311
+        pause_s = backoff_s(failures, draw=random.random()) if failures else _LOGIN_CHECK_S  # noqa: S311 -- no secret
+        await asyncio.sleep(pause_s)
 
 
 async def _trouble(agent: _Agent) -> str:

@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
@@ -182,7 +182,7 @@ def client(site: Site, agent: Process) -> Iterator[Client]:
         yield opened
 
 
-def until(condition, what: str, within_s: float = 20.0) -> None:  # type: ignore[no-untyped-def]
+def until(condition: Callable[[], bool], what: str, within_s: float = 20.0) -> None:
     give_up = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < give_up, f"not within {within_s} s: {what}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -40,7 +42,7 @@ def test_any_changed_byte_before_the_last_line_is_found(names: list[str], data: 
 
 
 @given(st.lists(texts, min_size=3, max_size=6, unique=True), st.randoms(use_true_random=False))
-def test_any_other_order_is_found(names: list[str], random) -> None:  # type: ignore[no-untyped-def]
+def test_any_other_order_is_found(names: list[str], random: Random) -> None:
     lines = chain_of(names)
     shuffled = random.sample(lines, len(lines))
     assume(shuffled != lines)

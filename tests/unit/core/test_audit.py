@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 
@@ -56,7 +57,9 @@ def test_a_chain_goes_on_after_its_last_line() -> None:
     ],
     ids=["changed", "removed", "reordered", "repeated", "inserted", "cut", "first removed"],
 )
-def test_any_damage_is_found_at_the_first_line_that_does_not_follow(damage, number: int) -> None:  # type: ignore[no-untyped-def]
+def test_any_damage_is_found_at_the_first_line_that_does_not_follow(
+    damage: Callable[[list[bytes]], list[bytes]], number: int
+) -> None:
     with pytest.raises(BrokenChainError) as caught:
         verify(damage(lines(5)))
     assert caught.value.number == number
