@@ -1,7 +1,8 @@
 """`FakeVault`: a vault over real HTTP that keeps tokens, roles and KV secrets, and that can lie on demand.
 
-It answers as OpenBao does for what the agent asks of it, in the same words. Put a lie into `lies`, and the next request
-gets that instead of an answer: a redirect, a body without end, bytes that are no HTTP.
+It answers as OpenBao does for what the agent asks of it, in the same words, and fails as it does: sealed, frozen,
+without a leader, with a broken audit device. Put a lie into `lies`, and the next request gets that instead of an
+answer: a redirect, a body without end, bytes that are no HTTP.
 """
 
 from __future__ import annotations
@@ -48,9 +49,17 @@ class Token:
 
 @dataclass(slots=True)
 class FakeVault:
-    """The state of the vault; change it at any time. `roles` maps a JWT role to the path prefixes it may read."""
+    """The state of the vault; change it at any time. `roles` maps a JWT role to the path prefixes it may read.
+
+    A node that is `frozen` (SIGSTOP) takes requests and answers none, health checks neither, until it no longer is. One
+    with a `dead_leader` is a standby whose leader at that address is gone: it reads KV, and redirects all else.
+    """
 
     sealed: bool = False
+    uninitialized: bool = False
+    frozen: bool = False
+    audit_broken: bool = False
+    dead_leader: str = ""
     secrets: dict[str, dict[str, Any]] = field(default_factory=dict)
     deleted: set[str] = field(default_factory=set)
     roles: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -69,6 +78,11 @@ class FakeVault:
         ttl_s = self.token_ttl_s if ttl_s is None else ttl_s
         self.tokens[f"s.token-{number}"] = Token(may_read, ttl_s, f"accessor-{number}")
         return f"s.token-{number}"
+
+    def health_status(self) -> int:
+        if self.uninitialized:
+            return 501
+        return 503 if self.sealed else 429 if self.dead_leader else 200
 
     def asked_for(self, path: str) -> list[Seen]:
         return [seen for seen in self.requests if seen.path.split("?")[0] == f"/v1/{path}"]
@@ -91,12 +105,16 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.vault.requests.append(Seen(self.command, self.path, dict(self.headers.items()), body))
         lie = self.vault.lies.popleft() if self.vault.lies else None
-        if lie is None:
+        self.close_connection = lie is not None
+        try:
+            if lie is not None:
+                lie(self)
+                return
+            while self.vault.frozen and not self.vault.stopped.wait(0.01):
+                pass
             self._answer(json.loads(body) if body else {})
-            return
-        self.close_connection = True
-        with contextlib.suppress(OSError):
-            lie(self)
+        except OSError:  # the caller did not wait
+            self.close_connection = True
 
     do_GET = do_POST = do_PUT = do_DELETE = do_LIST = _serve  # noqa: N815 -- names that http.server looks for
 
@@ -117,9 +135,13 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, body: dict[str, Any]) -> None:
         vault, path = self.vault, self.path.removeprefix("/v1/").split("?")[0]
         if path == "sys/health":
-            return self.send(503 if vault.sealed else 200, {"sealed": vault.sealed})
-        if vault.sealed:
+            return self.send(vault.health_status(), {"sealed": vault.sealed})
+        if vault.sealed or vault.uninitialized:
             return self.refuse(503, "Vault is sealed")
+        if vault.audit_broken:
+            return self.refuse(500, "internal error")
+        if vault.dead_leader and not path.startswith("secret/"):
+            return self.send(307, b"", {"Location": f"{vault.dead_leader}{self.path}"})
         if path == "auth/jwt/login":
             if body.get("role") not in vault.roles:
                 return self.refuse(400, f'role "{body.get("role")}" could not be found')
@@ -296,3 +318,14 @@ def resets(handler: Handler) -> None:
     if handler.connection.family == socket.AF_INET:
         handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     handler.connection.close()
+
+
+def cut_off(first: bytes) -> Lie:
+    """`first`, of an answer that promises more, and then a reset."""
+
+    def lie(handler: Handler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + first)
+        handler.wfile.flush()
+        resets(handler)
+
+    return lie

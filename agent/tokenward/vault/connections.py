@@ -41,7 +41,11 @@ class TlsFiles:
 
     def context(self) -> ssl.SSLContext:
         """A context that verifies chain and name. Raises OSError (ssl.SSLError is one)."""
-        made = ssl.create_default_context(cafile=self.ca_file or None)
+        made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the ssl module's own default would obey SSLKEYLOGFILE
+        if self.ca_file:
+            made.load_verify_locations(self.ca_file)
+        else:
+            made.load_default_certs()
         if self.cert_file:
             made.load_cert_chain(self.cert_file, self.key_file or None)
         return made

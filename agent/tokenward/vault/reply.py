@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from enum import StrEnum
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -224,24 +224,39 @@ def is_success(status: int) -> bool:
     return 200 <= status < 300
 
 
-def not_serving(status: int, body: bytes) -> tuple[Reason, str] | None:
+class NotServing(NamedTuple):
+    """Why a node cannot answer a call though another may."""
+
+    reason: Reason
+    why: str
+    serves_others: bool
+    """Whether it is a standby that may well answer the next call: reads go on while a leader is elected."""
+
+
+def not_serving(status: int, body: bytes) -> NotServing | None:
     """Why this node cannot answer though another may, and certainly did nothing; None when it did answer."""
     said = _said(body)
     if status == 400 and body.startswith(_PLAIN_TO_TLS):
-        return Reason.VAULT_UNREACHABLE, "speaks TLS: its address begins with https://"
-    if 300 <= status < 400:
-        return Reason.VAULT_ERROR, "is a standby or moved: it answered with a redirect, and none is followed"
+        return NotServing(Reason.VAULT_UNREACHABLE, "speaks TLS: its address begins with https://", serves_others=False)
     if status == 503 and "sealed" in said:
-        return Reason.VAULT_SEALED, "is sealed: unseal it"
+        return NotServing(Reason.VAULT_SEALED, "is sealed: unseal it", serves_others=False)
     if status == 503 and ("not initialized" in said or "not yet initialized" in said):
-        return Reason.VAULT_SEALED, "is not initialized"
+        return NotServing(Reason.VAULT_SEALED, "is not initialized", serves_others=False)
+    standby = _standby(status, said)
+    return NotServing(Reason.VAULT_ERROR, standby, serves_others=True) if standby else None
+
+
+def _standby(status: int, said: str) -> str:
+    """Why a standby does not answer this call, or nothing."""
+    if 300 <= status < 400:
+        return "is a standby or moved: it answered with a redirect, and none is followed"
     if status == 503 and "standby" in said:
-        return Reason.VAULT_ERROR, "is a standby"
+        return "is a standby"
     if status in {412, 472, 473} or (status == 429 and not said):
-        return Reason.VAULT_ERROR, "is a standby that is behind"
+        return "is a standby that is behind"
     if status == 500 and "local node not active" in said:
-        return Reason.VAULT_ERROR, "waits for an active node to be elected"
-    return None
+        return "waits for an active node to be elected"
+    return ""
 
 
 def error_of(status: int, body: bytes, *, what: str, retry_after_s: float | None) -> TokenwardError:

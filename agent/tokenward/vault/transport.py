@@ -54,6 +54,8 @@ class Unusable:
     """Whether something did come, and was refused for its size or form."""
     broken: bool = False
     """Whether the connection broke before any answer: an idle one that the vault closes just then does that."""
+    asked: bool = True
+    """Whether the address was tried at all; otherwise what was to be sent cannot be sent to any."""
 
 
 class Transport:
@@ -78,8 +80,11 @@ class Transport:
     ) -> Answer | Unusable:
         """One request for `path` (raw text, without `/v1/`), tried once."""
         if not all(map(_HEADER_VALUE.fullmatch, headers.values())):
-            return Unusable("was not asked: a token or namespace has characters that no header may have", sent=False)
+            return Unusable(
+                "was not asked: a token or namespace has characters that no header may have", sent=False, asked=False
+            )
         target = "/v1/" + quote_path(path) + (f"?{urlencode(query)}" if query else "")
+        began = False
         try:
             with self._server.pool().urlopen(
                 method,
@@ -92,11 +97,12 @@ class Transport:
                 preload_content=False,
                 decode_content=False,
             ) as response:
+                began = True
                 return _read(response)
         except ReplyTooLongError as error:
             return Unusable(f"answered more than {error.max_bytes} bytes", sent=True, refused=True)
         except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
-            return _unusable(error)
+            return _unusable(error, began=began)
 
     def close(self) -> None:
         """Closes what is idle at once, and what is in use when its answer is there."""
@@ -125,8 +131,8 @@ def _read(response: urllib3.BaseHTTPResponse) -> Answer | Unusable:
     )
 
 
-def _unusable(error: BaseException) -> Unusable:
-    """Our own words for what went wrong: a library's text may quote the reply."""
+def _unusable(error: BaseException, *, began: bool) -> Unusable:
+    """Our own words for what went wrong, after the answer `began` or not: a library's text may quote the reply."""
     causes = list(_causes(error))
     before_sending = (
         urllib3.exceptions.NewConnectionError,
@@ -135,7 +141,7 @@ def _unusable(error: BaseException) -> Unusable:
         urllib3.exceptions.LocationValueError,
     )
     sent = not any(isinstance(cause, before_sending) for cause in causes)
-    broken = sent and any(isinstance(cause, ConnectionError) for cause in causes)
+    broken = sent and not began and any(isinstance(cause, ConnectionError) for cause in causes)
     return Unusable(_why(causes), sent=sent, broken=broken)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from tokenward.errors import (
     InvalidRequestError,
     NotFoundError,
     Reason,
+    TokenwardError,
     VaultBadReplyError,
     VaultDeniedError,
     VaultUnavailableError,
@@ -63,6 +67,11 @@ def counts(vaults: list[FakeVault]) -> list[int]:
 NOT_SERVING = {
     "redirect": fake.redirects("http://127.0.0.1:1/v1/secret/data/a"),
     "sealed": SEALED,
+    "uninitialized": fake.refuses(503, "server is not yet initialized"),
+    "standby": fake.refuses(503, "Vault is in standby mode"),
+    "disaster recovery standby": fake.says(472, {}),
+    "performance standby": fake.says(473, {}),
+    "index not reached": fake.refuses(412, "required index state not present"),
     "behind": fake.says(429, {"errors": []}, retry_after="1"),
     "no leader": fake.refuses(500, "local node not active but active cluster node not found"),
 }
@@ -79,7 +88,18 @@ async def test_a_node_that_does_not_serve_is_passed_over(
 
 
 @pytest.mark.parametrize(
-    "lie", [fake.resets, fake.hangs, fake.refuses(502), fake.refuses(503)], ids=["reset", "hangs", "502", "503"]
+    "lie",
+    [
+        fake.resets,
+        fake.hangs,
+        fake.DRIP,
+        fake.cut_off(b'{"data": {"pass'),
+        fake.writes(b"no HTTP at all\r\n\r\n"),
+        fake.refuses(502),
+        fake.refuses(503),
+        fake.refuses(504),
+    ],
+    ids=["reset", "hangs", "drips", "reset in the body", "no HTTP", "502", "503", "504"],
 )
 async def test_a_call_that_makes_a_lease_is_never_sent_twice_once_it_may_have_been_done(
     vaults: list[FakeVault], client: VaultClient, token: Secret, lie: fake.Lie
@@ -100,7 +120,18 @@ async def test_an_address_that_hangs_on_a_lease_is_not_asked_first_again(
     assert counts(vaults)[:2] == [1, 1]
 
 
-@pytest.mark.parametrize("lie", [fake.hangs, fake.refuses(502)], ids=["hangs", "502"])
+@pytest.mark.parametrize(
+    "lie",
+    [
+        fake.hangs,
+        fake.DRIP,
+        fake.writes(b"no HTTP at all\r\n\r\n"),
+        fake.refuses(502),
+        fake.refuses(503),
+        fake.refuses(504),
+    ],
+    ids=["hangs", "drips", "no HTTP", "502", "503", "504"],
+)
 async def test_a_read_goes_on_to_the_next_address(
     vaults: list[FakeVault], client: VaultClient, token: Secret, lie: fake.Lie
 ) -> None:
@@ -119,6 +150,21 @@ async def test_a_read_on_an_old_connection_that_the_vault_closes_just_then_is_se
     vaults[0].lies.extend([fake.resets] * 2)
     await client.call(READ, into=dict, auth=token)
     assert counts(vaults) == [5, 1, 0]
+
+
+@pytest.mark.parametrize("place", ["unix", "tcp"])
+async def test_a_read_that_is_cut_off_in_the_middle_of_its_answer_goes_on_to_the_next_address(
+    vaults: list[FakeVault], token: Secret, place: str
+) -> None:
+    lies = deque([fake.cut_off(b'{"data": {"pass')])
+    with ExitStack() as stack:
+        first = stack.enter_context(serving(FakeVault(lies=lies))) if place == "tcp" else vaults[0]
+        first.lies = lies
+        client = VaultClient(addresses=[first.address, vaults[1].address], timeout_s=TIMEOUT_S)
+        reply = await client.call(READ, into=dict, auth=token)
+        await client.close()
+    assert reply.require_data()["data"] == {"k": "v"}
+    assert (len(first.requests), len(vaults[1].requests)) == (1, 1)
 
 
 async def test_an_address_where_nobody_listens_is_passed_over_even_for_a_lease(
@@ -161,6 +207,39 @@ async def test_a_rate_limit_is_obeyed_and_no_other_node_is_bothered(
     assert counts(vaults) == [1, 0, 0]
 
 
+async def test_a_rate_limit_that_names_no_time_gives_none(
+    vaults: list[FakeVault], client: VaultClient, token: Secret
+) -> None:
+    vaults[0].lies.append(fake.refuses(429, "rate limit quota exceeded"))
+    with pytest.raises(VaultUnavailableError) as caught:
+        await client.call(READ, into=dict, auth=token)
+    assert (caught.value.reason, caught.value.retry_after_s) == (Reason.VAULT_RATE_LIMITED, None)
+    assert counts(vaults) == [1, 0, 0]
+
+
+async def test_a_failed_audit_device_is_an_answer_and_a_lease_is_not_asked_for_again(
+    vaults: list[FakeVault], client: VaultClient, token: Secret
+) -> None:
+    """The vault may have made the lease before it could not write down that it did."""
+    vaults[0].audit_broken = True
+    with pytest.raises(VaultUnavailableError, match="HTTP 500") as caught:
+        await client.call(CREATE, into=dict, auth=token)
+    assert caught.value.reason is Reason.VAULT_ERROR
+    assert counts(vaults) == [1, 0, 0]
+
+
+async def test_a_standby_whose_leader_is_gone_reads_on_and_its_redirect_is_never_followed(
+    vaults: list[FakeVault], token: Secret
+) -> None:
+    standby, leader, other = vaults
+    standby.dead_leader = leader.address
+    client = VaultClient(addresses=[standby.address, other.address], timeout_s=TIMEOUT_S)
+    await client.call(READ, into=dict, auth=token)
+    await client.call(CREATE, into=dict, auth=token)
+    await client.close()
+    assert counts(vaults) == [2, 0, 1]
+
+
 async def test_a_reply_that_was_refused_is_no_reason_to_ask_another_node(
     vaults: list[FakeVault], client: VaultClient, token: Secret
 ) -> None:
@@ -178,6 +257,8 @@ async def test_a_reply_that_was_refused_is_no_reason_to_ask_another_node(
         (fake.refuses(404), NotFoundError, Reason.SECRET_NOT_FOUND),
         (fake.refuses(500, "s3cret is wrong"), VaultUnavailableError, Reason.VAULT_ERROR),
         (fake.says(200, {"data": "s3cret"}), VaultBadReplyError, Reason.VAULT_BAD_REPLY),
+        (fake.says(200, b'{"data": {"pass": "s3cret\x00'), VaultBadReplyError, Reason.VAULT_BAD_REPLY),
+        (fake.says(200, b"\xff\xfes3cret"), VaultBadReplyError, Reason.VAULT_BAD_REPLY),
     ],
 )
 async def test_an_answer_is_final_and_its_error_holds_none_of_its_text(
@@ -196,11 +277,12 @@ async def test_an_answer_is_final_and_its_error_holds_none_of_its_text(
     assert counts(vaults) == [1, 0, 0]
 
 
-async def test_everything_hanging_is_over_after_twice_the_timeout(
-    vaults: list[FakeVault], client: VaultClient, token: Secret
+@pytest.mark.parametrize("lie", [fake.hangs, fake.DRIP, fake.HEADER_DRIP], ids=["silence", "body drip", "header drip"])
+async def test_everything_hanging_or_dripping_is_over_after_twice_the_timeout(
+    vaults: list[FakeVault], client: VaultClient, token: Secret, lie: fake.Lie
 ) -> None:
     for node in vaults:
-        node.lies.append(fake.hangs)
+        node.lies.append(lie)
     begun = time.monotonic()
     with pytest.raises(VaultUnavailableError) as caught:
         await client.call(READ, into=dict, auth=token)
@@ -313,4 +395,310 @@ async def test_health_tells_each_address_apart(vaults: list[FakeVault]) -> None:
         AddressHealth(addresses[2], State.STANDBY),
         AddressHealth(addresses[3], State.UNREACHABLE, "cannot be reached (No such file or directory)"),
     )
+    await client.close()
+
+
+# -- addresses that failed are left alone ------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Breakers:
+    """The client's clock for its breakers, which stands still, and its jitter."""
+
+    mono: float = 0.0
+
+    def client_of(self, addresses: Sequence[str], *, timeout_s: float = 0.3, threads: int = 4) -> VaultClient:
+        return VaultClient(
+            addresses=addresses, timeout_s=timeout_s, threads=threads, now=lambda: self.mono, draw=lambda: 0.5
+        )
+
+
+@pytest.fixture
+def breakers() -> Breakers:
+    return Breakers()
+
+
+async def fails(client: VaultClient, token: Secret, request: VaultRequest = READ) -> VaultUnavailableError:
+    with pytest.raises(VaultUnavailableError) as caught:
+        await client.call(request, into=dict, auth=token)
+    return caught.value
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+FAULTS: dict[str, tuple[fake.Lie, Reason, str]] = {
+    "hangs": (fake.hangs, Reason.VAULT_UNREACHABLE, "did not answer in time"),
+    "drips": (fake.DRIP, Reason.VAULT_UNREACHABLE, "did not answer in time"),
+    "reset": (fake.resets, Reason.VAULT_UNREACHABLE, "cannot be reached|broke off"),
+    "reset in the body": (fake.cut_off(b"{"), Reason.VAULT_UNREACHABLE, "cannot be reached|broke off"),
+    "no HTTP": (fake.writes(b"no HTTP\r\n\r\n"), Reason.VAULT_UNREACHABLE, "not HTTP"),
+    "sealed": (SEALED, Reason.VAULT_SEALED, "is sealed"),
+    "uninitialized": (fake.refuses(503, "server is not yet initialized"), Reason.VAULT_SEALED, "is not initialized"),
+    "502": (fake.refuses(502), Reason.VAULT_ERROR, "HTTP 502"),
+    "503": (fake.refuses(503), Reason.VAULT_ERROR, "HTTP 503"),
+    "504": (fake.refuses(504), Reason.VAULT_ERROR, "HTTP 504"),
+}
+
+
+@pytest.mark.parametrize(("lie", "reason", "why"), FAULTS.values(), ids=FAULTS.keys())
+@pytest.mark.parametrize("request_", [READ, CREATE], ids=["repeatable", "makes a lease"])
+async def test_after_three_faults_the_only_address_is_not_asked_and_the_error_comes_at_once(
+    vaults: list[FakeVault],
+    breakers: Breakers,
+    token: Secret,
+    lie: fake.Lie,
+    reason: Reason,
+    why: str,
+    request_: VaultRequest,
+) -> None:
+    client = breakers.client_of([vaults[0].address])
+    vaults[0].lies.extend([lie] * 6)
+    for _ in range(3):
+        await fails(client, token, request_)
+    sent = client.calls
+    begun = time.monotonic()
+    error = await fails(client, token, request_)
+    assert time.monotonic() - begun < 0.1
+    assert (error.reason, error.retry_after_s) == (reason, 0.5)
+    assert re.search(f"{vaults[0].address}.*({why}).*not asked again yet", error.public)
+    assert client.calls == sent == counts(vaults)[0]
+    await client.close()
+
+
+HARMLESS: dict[str, fake.Lie] = {
+    "rate limit": fake.refuses(429, "rate limit quota exceeded", retry_after="2"),
+    "rate limit without a time": fake.refuses(429, "rate limit quota exceeded"),
+    "no policy": fake.refuses(403, fake.NO_POLICY),
+    "fails at this call": fake.refuses(500, "1 error occurred"),
+    "audit device failed": fake.refuses(500, "internal error"),
+    "not for this caller": fake.says(501, {"errors": []}),
+    "not JSON": fake.says(200, b"nonsense"),
+    "too long": fake.huge(50 << 20),
+    "redirect": fake.redirects("http://127.0.0.1:1/"),
+    "behind": fake.says(429, {"errors": []}, retry_after="1"),
+    "performance standby": fake.says(473, {}),
+    "no leader": fake.refuses(500, "local node not active but active cluster node not found"),
+}
+
+
+@pytest.mark.parametrize("lie", HARMLESS.values(), ids=HARMLESS.keys())
+async def test_what_a_node_answers_to_one_call_says_nothing_about_the_next(
+    vaults: list[FakeVault], breakers: Breakers, token: Secret, lie: fake.Lie
+) -> None:
+    client = breakers.client_of([vaults[0].address], timeout_s=5)
+    vaults[0].lies.extend([lie] * 5)
+    for _ in range(5):
+        with pytest.raises(TokenwardError):
+            await client.call(READ, into=dict, auth=token)
+    await client.call(READ, into=dict, auth=token)
+    assert counts(vaults)[0] == 6
+    await client.close()
+
+
+async def test_reads_go_on_at_standbys_however_many_logins_they_could_not_do(
+    vaults: list[FakeVault], breakers: Breakers, token: Secret
+) -> None:
+    for node in vaults:
+        node.dead_leader = "http://127.0.0.1:1"
+    client = breakers.client_of([node.address for node in vaults])
+    for _ in range(5):
+        await fails(client, token, VaultRequest("POST", "auth/jwt/login", {}))
+    await client.call(READ, into=dict, auth=token)
+    await client.close()
+
+
+async def test_an_address_where_nobody_listens_is_not_tried_again_and_the_calls_tell(
+    breakers: Breakers, token: Secret
+) -> None:
+    client = breakers.client_of(["unix:///no/such.sock", "http://127.0.0.1:1"])
+    for _ in range(4):
+        error = await fails(client, token)
+    assert client.calls == 6
+    assert error.reason is Reason.VAULT_UNREACHABLE
+    assert "unix:///no/such.sock cannot be reached (No such file or directory)" in error.public
+    assert "http://127.0.0.1:1 cannot be reached (Connection refused)" in error.public
+    await client.close()
+
+
+async def test_when_every_address_is_left_alone_the_error_has_the_most_telling_reason_and_the_first_time(
+    vaults: list[FakeVault], breakers: Breakers, token: Secret
+) -> None:
+    first, second, _ = vaults
+    client = breakers.client_of([first.address, second.address])
+    first.lies.extend([SEALED] * 3)
+    second.lies.extend([fake.says(473, {})] * 3 + [fake.refuses(502)] * 2 + [fake.hangs])
+    for mono in (0.0, 0.2):
+        breakers.mono = mono
+        for _ in range(3):
+            await fails(client, token)
+    error = await fails(client, token)
+    assert error.reason is Reason.VAULT_SEALED
+    assert error.retry_after_s == pytest.approx(0.3)
+    assert re.search(f"{first.address} is sealed.*{second.address} did not answer in time", error.public)
+    assert counts(vaults) == [3, 6, 0]
+    await client.close()
+
+
+@pytest.mark.parametrize("mono", [0.0, 60.0], ids=["left alone", "its time is over"])
+async def test_an_address_that_is_left_alone_is_passed_over_while_another_serves(
+    vaults: list[FakeVault], breakers: Breakers, token: Secret, mono: float
+) -> None:
+    """Nor does a caller pay for the probe: the one that serves is asked first, also when the other's time is over."""
+    first, second, _ = vaults
+    client = breakers.client_of([first.address, second.address])
+    first.lies.extend([fake.hangs] * 9)
+    second.lies.extend([fake.refuses(502)] * 2)
+    for _ in range(2):
+        await fails(client, token)
+    second.lies.append(SEALED)
+    await fails(client, token)
+    second.lies.clear()
+    await client.health()  # the second is well again, the first hangs on that as well
+    asked = counts(vaults)[0]
+    breakers.mono = mono
+    begun = time.monotonic()
+    await client.call(READ, into=dict, auth=token)
+    assert time.monotonic() - begun < 0.2
+    assert counts(vaults)[0] == asked
+    await client.close()
+
+
+async def frozen_out(client: VaultClient, node: FakeVault, token: Secret) -> None:
+    """`node` freezes, and three calls find out."""
+    node.frozen = True
+    for _ in range(3):
+        await fails(client, token)
+
+
+@pytest.mark.parametrize("request_", [READ, CREATE], ids=["repeatable", "makes a lease"])
+async def test_one_probe_goes_to_an_address_whose_time_is_over_and_others_need_not_wait_for_it(
+    vaults: list[FakeVault], breakers: Breakers, token: Secret, request_: VaultRequest
+) -> None:
+    client = breakers.client_of([vaults[0].address], timeout_s=0.5, threads=1)  # the probe has it
+    await frozen_out(client, vaults[0], token)
+    breakers.mono = 0.5
+    probe = asyncio.create_task(client.call(request_, into=dict, auth=token))
+    await until(lambda: counts(vaults)[0] == 4)
+    begun = time.monotonic()
+    for _ in range(20):
+        assert (await fails(client, token, request_)).retry_after_s == 1.0
+    assert time.monotonic() - begun < 0.25
+    vaults[0].frozen = False
+    assert (await probe).require_data()["data"] == {"k": "v"}
+    await client.call(request_, into=dict, auth=token)
+    assert counts(vaults)[0] == 5
+    await client.close()
+
+
+async def test_a_probe_that_fails_leaves_the_address_alone_for_longer(
+    vaults: list[FakeVault], breakers: Breakers, token: Secret
+) -> None:
+    client = breakers.client_of([vaults[0].address])
+    await frozen_out(client, vaults[0], token)
+    breakers.mono = 0.5
+    await fails(client, token)
+    assert (await fails(client, token)).retry_after_s == 1.0
+    assert counts(vaults)[0] == 4
+    await client.close()
+
+
+async def test_a_cancelled_caller_does_not_keep_the_probe(
+    vaults: list[FakeVault], breakers: Breakers, token: Secret
+) -> None:
+    client = breakers.client_of([vaults[0].address])
+    await frozen_out(client, vaults[0], token)
+    breakers.mono = 0.5
+    probe = asyncio.create_task(client.call(READ, into=dict, auth=token))
+    await until(lambda: counts(vaults)[0] == 4)
+    probe.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await probe
+    vaults[0].frozen = False
+    breakers.mono = 60.0
+    async with asyncio.timeout(5):
+        while True:
+            with suppress(VaultUnavailableError):
+                await client.call(READ, into=dict, auth=token)
+                break
+            await asyncio.sleep(0.01)
+    await client.close()
+
+
+class Unprintable:
+    def __str__(self) -> str:
+        raise RuntimeError("a fault of ours")
+
+
+async def test_a_fault_of_ours_does_not_keep_the_probe(
+    vaults: list[FakeVault], breakers: Breakers, token: Secret
+) -> None:
+    client = breakers.client_of([vaults[0].address])
+    await frozen_out(client, vaults[0], token)
+    vaults[0].frozen = False
+    breakers.mono = 0.5
+    broken = VaultRequest("GET", "secret/data/a", query={"v": Unprintable()})  # type: ignore[dict-item]
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        await client.call(broken, into=dict, auth=token)
+    await client.call(READ, into=dict, auth=token)
+    await client.close()
+
+
+@pytest.mark.parametrize("dead_leader", ["", "http://127.0.0.1:1"], ids=["active", "standby"])
+async def test_a_good_health_answer_has_the_address_asked_again_at_once(
+    vaults: list[FakeVault], breakers: Breakers, token: Secret, dead_leader: str
+) -> None:
+    client = breakers.client_of([vaults[0].address])
+    await frozen_out(client, vaults[0], token)
+    assert [each.state for each in await client.health()] == [State.UNREACHABLE]
+    await fails(client, token)
+    assert client.calls == 3
+    vaults[0].frozen, vaults[0].dead_leader = False, dead_leader
+    await client.health()
+    await client.call(READ, into=dict, auth=token)
+    assert client.calls == 4
+    await client.close()
+
+
+@pytest.mark.parametrize("state", ["sealed", "uninitialized"])
+async def test_another_health_answer_does_not(
+    vaults: list[FakeVault], breakers: Breakers, token: Secret, state: str
+) -> None:
+    client = breakers.client_of([vaults[0].address])
+    setattr(vaults[0], state, True)
+    for _ in range(3):
+        await fails(client, token)
+    assert [str(each.state) for each in await client.health()] == [state]
+    await fails(client, token)
+    assert client.calls == 3
+    await client.close()
+
+
+async def test_callers_without_number_do_not_fill_the_pool_of_a_vault_that_hangs(
+    vaults: list[FakeVault], breakers: Breakers, token: Secret
+) -> None:
+    """As many as there are threads find out, and two that come before the third failure; later ones know at once."""
+    client = breakers.client_of([vaults[0].address], timeout_s=0.5, threads=4)
+    vaults[0].frozen = True
+    begun = time.monotonic()
+    await asyncio.gather(*(fails(client, token) for _ in range(200)))
+    assert time.monotonic() - begun < 2.0
+    assert client.calls <= 4 + 2
+    begun = time.monotonic()
+    for _ in range(200):
+        await fails(client, token)
+    assert time.monotonic() - begun < 0.5
+    await client.close()
+
+
+async def test_a_token_that_cannot_be_sent_is_not_held_against_any_address(
+    vaults: list[FakeVault], breakers: Breakers, token: Secret
+) -> None:
+    client = breakers.client_of([vaults[0].address])
+    for _ in range(5):
+        await fails(client, Secret("s.\n"))
+    await client.call(READ, into=dict, auth=token)
     await client.close()
