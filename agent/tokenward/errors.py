@@ -13,6 +13,7 @@ The tree, by what the reader can do about it:
         AttestationError     we could not tell who is calling
         VaultUnavailableError   the vault did not answer, or not usefully
         VaultBadReplyError   the vault answered something that was not asked for
+        ValidationError      a new value was tried where it is used, and did not pass: it is not served
         AuditError           the record cannot be written, so nothing is served
 
 The agent raises them, `serve.status` puts them on the wire, and the client raises the same classes again with the same
@@ -45,6 +46,7 @@ class Reason(StrEnum):
     VAULT_BAD_REPLY = "VAULT_BAD_REPLY"
     VAULT_DENIED = "VAULT_DENIED"
     LOGIN_FAILED = "LOGIN_FAILED"
+    VALIDATION_FAILED = "VALIDATION_FAILED"
     SECRET_NOT_FOUND = "SECRET_NOT_FOUND"  # noqa: S105 -- a reason's name, not a secret
     REVOKED = "REVOKED"
     EXPIRED = "EXPIRED"
@@ -53,6 +55,7 @@ class Reason(StrEnum):
     AGENT_UNREACHABLE = "AGENT_UNREACHABLE"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     SHUTTING_DOWN = "SHUTTING_DOWN"
+    CONFIGURATION_CHANGED = "CONFIGURATION_CHANGED"
     INTERNAL = "INTERNAL"
 
 
@@ -135,6 +138,19 @@ class VaultBadReplyError(UnavailableError):
 
     def __init__(self, public: str) -> None:
         super().__init__(Reason.VAULT_BAD_REPLY, public)
+
+
+class ValidationError(UnavailableError):
+    """A new value did not pass the check that its grant asks for.
+
+    `refused` tells whether the far end said no to it; otherwise it could not be asked, or we are told by an agent.
+    """
+
+    refused: bool = False
+
+    def __init__(self, public: str, *, refused: bool = False, retry_after_s: float | None = None) -> None:
+        super().__init__(Reason.VALIDATION_FAILED, public, retry_after_s=retry_after_s)
+        self.refused = refused
 
 
 class AuditError(UnavailableError):

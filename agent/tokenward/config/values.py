@@ -18,6 +18,7 @@ from typing import TypeGuard
 from urllib.parse import urlsplit
 
 from tokenward.core.identity import Selector, verify_trust_domain
+from tokenward.core.model import Template
 
 MAX_SOCKET_PATH_BYTES = 107
 """What fits into sockaddr_un with its closing zero byte (unix(7))."""
@@ -32,6 +33,7 @@ _DURATION_UNITS_S = (86400.0, 3600.0, 60.0, 1.0, 0.001)
 _MOST_S = 366 * 86400.0
 _SIZE = re.compile(r"([0-9]{1,9})(B|KiB|MiB|GiB)", re.ASCII)
 _SIZE_UNITS = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+_RATE = re.compile(r"([0-9]{1,6})/(s|m)", re.ASCII)
 _FILE_MODE = re.compile(r"0?[0-7]{3}", re.ASCII)
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}", re.ASCII)
 _VAULT_SEGMENT = re.compile(r"[A-Za-z0-9._@:=~-]+", re.ASCII)
@@ -39,6 +41,15 @@ _SCOPE = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _NO_ADDRESS = 'expected an address such as "https://vault.example:8200" or "unix:///run/vault.sock"'
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", re.ASCII)
+_NO_URL = 'expected a URL such as "https://api.partner.example/v1/ping", without user, fragment or fields'
+_URL = re.compile(rf"(https?)://({_HOST.pattern})(:[0-9]{{1,5}})?(?:/[!$-;=?-Z_a-z~@\[\]]*)?", re.ASCII)
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", re.ASCII)
+_FRAMING_HEADERS = frozenset(
+    ("host", "connection", "content-length", "expect", "te", "trailer", "transfer-encoding", "upgrade")
+)
+_TEMPLATE_PART = re.compile(r"(?P<text>[^{}]+|\{\{|\}\})|\{(?P<field>[^{}]+)\}")
+_DATABASE = re.compile(rf"(/[^:]+|{_HOST.pattern})(?::([0-9]{{1,5}}))?/([^/]+)", re.ASCII)
+_POSTGRESQL_PORT = 5432
 
 _UNIT_SUFFIXES = (".service", ".scope", ".socket", ".mount", ".swap")
 
@@ -108,6 +119,14 @@ def refresh_share(value: object) -> float:
             "expected a number above 0.1 and at most 0.9: the share of the lifetime after which to refresh"
         )
     return float(value)
+
+
+def rate(value: object) -> float:
+    """Events per second, more than none."""
+    found = _RATE.fullmatch(value) if isinstance(value, str) else None
+    if found is None or not int(found[1]):
+        raise ValueError('expected a rate such as "10/s" or "30/m"')
+    return int(found[1]) / (60 if found[2] == "m" else 1)
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
@@ -222,9 +241,78 @@ def vault_address(value: object) -> str:
     written = bare.partition("://")[2].rpartition(":")[0] if port else bare.partition("://")[2]
     if not _HOST.fullmatch(written) or parts.scheme not in {"https", "http"}:
         raise ValueError(_NO_ADDRESS)
-    if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
+    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
         raise ValueError("expected https://: plain http:// is taken only for a loopback address")
     return bare
+
+
+# -- how a new value is tried -----------------------------------------------------------------------------------------
+
+
+def status_code(value: object) -> int:
+    """The status of a whole HTTP answer."""
+    if not is_number(value) or value not in range(200, 600):
+        raise ValueError("expected a status of HTTP from 200 to 599, as a number")
+    return int(value)
+
+
+def header_name(value: object) -> str:
+    """The name of an HTTP header that has nothing to do with how a message is framed or where it goes."""
+    if not isinstance(value, str) or not _HEADER_NAME.fullmatch(value):
+        raise ValueError("expected the name of a header, such as Authorization or X-Api-Key")
+    if value.lower() in _FRAMING_HEADERS:
+        raise ValueError("expected a header of its own: this one says how or where HTTP goes")
+    return value
+
+
+def header_template(value: object) -> Template:
+    """What a header says, with at least one field of the credential: a header without one would try nothing."""
+    given = text(value)
+    parts = list(_TEMPLATE_PART.finditer(given))
+    texts, fields = [""], list[str]()
+    for part in parts:
+        if part["field"] is not None:
+            fields.append(part["field"])
+            texts.append("")
+        else:
+            texts[-1] += {"{{": "{", "}}": "}"}.get(part["text"], part["text"])
+    whole = sum(len(part[0]) for part in parts) == len(given)
+    if not fields or not whole or not "".join(texts).isascii():
+        raise ValueError(
+            'expected ASCII text with a field of the credential in braces, such as "Bearer {api_key}"; a brace itself'
+            " is written twice"
+        )
+    return Template(tuple(texts), tuple(fields))
+
+
+def url(value: object) -> str:
+    """`https://` and where, or `http://` of this very host. The credential goes in a header, so no user, no field."""
+    given = text(value)
+    found = _URL.fullmatch(given)
+    if found is None:
+        raise ValueError(_NO_URL)
+    scheme, host, port = found.groups()
+    if port and not 0 < int(port[1:]) < 65536:
+        raise ValueError(_NO_URL)
+    if scheme == "http" and not is_loopback(host):
+        raise ValueError("expected https://: plain http:// is taken only for a loopback address")
+    return given
+
+
+def database_address(value: object) -> tuple[str, int, str]:
+    """Host, port and database. The host is a name, an IP address, or a directory where a Unix socket is."""
+    found = _DATABASE.fullmatch(text(value))
+    if found is None:
+        raise ValueError(
+            'expected host:port/database, such as "db.acme.example:5432/ledger" or "/run/postgresql/ledger"'
+        )
+    host, port, database = found.groups()
+    if port is not None and not 0 < int(port) < 65536:
+        raise ValueError("expected a port from 1 to 65535")
+    return absolute_path(host) if host.startswith("/") else host.strip("[]"), int(port or _POSTGRESQL_PORT), database
+
+
+# -- selectors --------------------------------------------------------------------------------------------------------
 
 
 def selector(value: object) -> Selector:
@@ -263,8 +351,9 @@ def _is_plain_path(path: str) -> bool:
     return path.startswith("/") and path != "/" and posixpath.normpath(path) == path and not path.startswith("//")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether `host`, a name or an address, cannot be another machine."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"

@@ -23,12 +23,16 @@ from tokenward.core.identity import Selector, SpiffeId
 from tokenward.core.model import (
     AnyExchange,
     AnyGrant,
+    AnyValidation,
+    HttpValidation,
     JwtGrant,
     KvGrant,
     LeasedGrant,
     PlatformJwt,
     Policy,
+    PostgresqlValidation,
     SignedJwt,
+    Template,
     TokenRole,
     VaultTokenGrant,
     Workload,
@@ -42,8 +46,16 @@ EXCHANGES: tuple[type[AnyExchange], ...] = (SignedJwt, PlatformJwt, TokenRole)
 GRANTS: tuple[type[AnyGrant], ...] = (KvGrant, LeasedGrant, VaultTokenGrant, JwtGrant, X509Grant)
 
 EXCHANGE_KEYS: Mapping[type[AnyExchange], frozenset[str]] = {cls: keys_of(cls) | {"method"} for cls in EXCHANGES}
+_NOT_KEYS: Mapping[type[AnyGrant], frozenset[str]] = {
+    VaultTokenGrant: frozenset({"name", "path"}),
+    X509Grant: frozenset({"name", "validate"}),
+}
 GRANT_KEYS: Mapping[type[AnyGrant], frozenset[str]] = {
-    cls: (keys_of(cls) | {"kind"}) - ({"name", "path"} if cls is VaultTokenGrant else {"name"}) for cls in GRANTS
+    cls: (keys_of(cls) | {"kind"}) - _NOT_KEYS.get(cls, frozenset({"name"})) for cls in GRANTS
+}
+VALIDATION_KEYS: Mapping[str, frozenset[str]] = {
+    "http": frozenset({"http", "header", "value", "method", "expect", "timeout", "ca_file"}),
+    "postgresql": frozenset({"postgresql", "sslmode", "timeout", "ca_file"}),
 }
 
 _PATHS: Mapping[type[AnyGrant], Parse[str]] = {
@@ -52,6 +64,11 @@ _PATHS: Mapping[type[AnyGrant], Parse[str]] = {
     JwtGrant: values.vault_path_under("keys", "transit/keys/NAME"),
     X509Grant: values.vault_path_under("sign", "pki/sign/ROLE"),
 }
+_FIELDS: Mapping[type[AnyGrant], tuple[str, ...]] = {VaultTokenGrant: ("token", "accessor"), JwtGrant: ("token",)}
+"""The fields of a value, for kinds whose fields are always the same."""
+_BEARER = Template(("Bearer ", ""), ("token",))
+_VALIDATION_TIMEOUT_S = 5.0
+_MAX_VALIDATION_TIMEOUT_S = 30.0
 _MANY_VALUED = frozenset({"unix:supplementary_gid"})
 """Selector types of which one process can have several values."""
 _ROOT = frozenset(map(Selector.parse, ("unix:uid:0", "unix:user:root", "unix:gid:0", "unix:group:root")))
@@ -173,6 +190,7 @@ class WorkloadReader:
             return None
         given: dict[str, Any] = {"name": name, "path": self._path(table, chosen)}
         given["policy"] = self._policies.get(policy, self._policies[DEFAULT_POLICY]).policy
+        given["validate"] = _validation(table, chosen)
         if chosen is KvGrant:
             given["mount"] = _mount(table, given["path"] or "")
         grant = fill(table, chosen, **given)
@@ -251,6 +269,77 @@ def _mount(table: Table, path: str) -> str:
     if path and not path.startswith(mount + "/"):
         table.report("mount", "expected the beginning of path, up to a slash")
     return mount
+
+
+# -- how a new value is tried -----------------------------------------------------------------------------------------
+
+
+def _validation(grant: Table, kind: type[AnyGrant]) -> AnyValidation | None:
+    """What `validate` of a grant asks for; None where it is not set, or reported as wrong."""
+    if "validate" not in GRANT_KEYS[kind] or "validate" not in grant:
+        return None
+    table = grant.child("validate")
+    named = [one for one in VALIDATION_KEYS if one in table]
+    if len(named) != 1:
+        what = "one of them, not both" if named else 'such as { http = "https://..." }'
+        table.report("", f"expected the key {' or '.join(map(repr, VALIDATION_KEYS))}, {what}")
+        table.ignore_rest()
+        return None
+    for other in VALIDATION_KEYS.keys() - set(named):
+        table.elsewhere = dict.fromkeys(
+            VALIDATION_KEYS[other], f"is a key of a check by {other!r}, not by {named[0]!r}"
+        )
+    timeout_s = table.take("timeout", _validation_timeout, _VALIDATION_TIMEOUT_S)
+    ca_file = table.take("ca_file", values.absolute_path, "")
+    if named == ["http"]:
+        return _http_validation(table, kind, timeout_s=timeout_s, ca_file=ca_file)
+    return _postgresql_validation(table, kind, timeout_s=timeout_s, ca_file=ca_file)
+
+
+def _http_validation(table: Table, kind: type[AnyGrant], *, timeout_s: float, ca_file: str) -> HttpValidation | None:
+    fields = _FIELDS.get(kind)
+    if fields is None:
+        table.require("value")
+    url = table.take("http", values.url, None)
+    value = table.take("value", values.header_template, _BEARER if fields else None)
+    header = table.take("header", values.header_name, "Authorization")
+    method = table.take("method", values.one_of(("GET", "HEAD")), "GET")
+    expect = table.take("expect", values.status_code, 200)
+    if url is None or value is None:
+        return None
+    if fields and not set(value.fields) <= set(fields):
+        table.report("value", f"expected the fields of kind {kind.kind!r} only: {', '.join(fields)}")
+    return HttpValidation(
+        url=url, value=value, header=header, method=method, expect=expect, timeout_s=timeout_s, ca_file=ca_file
+    )
+
+
+def _postgresql_validation(
+    table: Table, kind: type[AnyGrant], *, timeout_s: float, ca_file: str
+) -> PostgresqlValidation | None:
+    if kind in _FIELDS:
+        table.report("postgresql", f"needs the fields username and password, which kind {kind.kind!r} has not")
+    address = table.take("postgresql", values.database_address, None)
+    on_socket = address is not None and address[0].startswith("/")
+    modes = ("disable",) if on_socket else ("verify-full", "verify-ca", "disable")
+    sslmode = table.take("sslmode", values.one_of(modes), modes[0])
+    if address is None:
+        return None
+    host, port, database = address
+    if sslmode == "disable" and not on_socket and not values.is_loopback(host):
+        table.report("sslmode", "expected 'verify-full' or 'verify-ca': only a loopback address can do without TLS")
+    elif sslmode != "disable" and not ca_file:
+        table.report("ca_file", "is required: the CAs that may have signed the database's certificate")
+    return PostgresqlValidation(
+        host=host, port=port, database=database, sslmode=sslmode, ca_file=ca_file, timeout_s=timeout_s
+    )
+
+
+def _validation_timeout(value: object) -> float:
+    seconds = values.duration()(value)
+    if seconds > _MAX_VALIDATION_TIMEOUT_S:
+        raise ValueError(f"expected a duration of at most {_MAX_VALIDATION_TIMEOUT_S:g}s")
+    return seconds
 
 
 def _exclude(this: _Identity, that: _Identity) -> bool:

@@ -60,6 +60,42 @@ class Policy:
     """The longest that one value is used, whatever its lease says."""
 
 
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A text with fields of a value in it: text, field, text, ..., text. `texts` has one more element than `fields`."""
+
+    texts: tuple[str, ...]
+    fields: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpValidation:
+    """A value is good when a request to `url` that has it in one header is answered with the status `expect`."""
+
+    url: str
+    value: Template
+    header: str = "Authorization"
+    method: str = "GET"
+    expect: int = 200
+    timeout_s: float = 5.0
+    ca_file: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PostgresqlValidation:
+    """A value is good when its fields `username` and `password` log in. `host` is a directory for a Unix socket."""
+
+    host: str
+    port: int
+    database: str
+    sslmode: str = "verify-full"
+    ca_file: str = ""
+    timeout_s: float = 5.0
+
+
+AnyValidation = HttpValidation | PostgresqlValidation
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
     """Lets one workload have one credential. `path` is what is asked of the vault, empty where the kind needs none."""
@@ -69,6 +105,8 @@ class Grant:
     path: str = ""
     policy: Policy = field(default_factory=Policy)
     scopes: tuple[str, ...] = ()
+    validate: AnyValidation | None = None
+    """How a new value is tried before it is current; None for not at all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +254,8 @@ class Issued:
     """True when the expiry is written into the credential (JWT, certificate): the wall clock then ends it too."""
     refresh_s: float | None = None
     """Seconds after which to look again where that is not a share of the lifetime (KV polling)."""
+    kv_version: int = 0
+    """The secret's version at the vault, for kind `kv`; not the number of our own version."""
     lease: Lease | None = None
     exchanged: Exchanged | None = None
     vault_request_id: str = ""

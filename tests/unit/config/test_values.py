@@ -6,6 +6,7 @@ import pytest
 
 from tokenward.config import values
 from tokenward.core.identity import Selector
+from tokenward.core.model import Template
 
 
 @pytest.mark.parametrize(
@@ -170,3 +171,130 @@ def test_selectors(written: str) -> None:
 def test_what_no_process_could_have_is_no_selector(written: str) -> None:
     with pytest.raises(ValueError, match=r"expected|unknown selector type|needs a value"):
         values.selector(written)
+
+
+# -- how a new value is tried -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "https://api.partner.example/v1/ping",
+        "https://api.partner.example",
+        "https://api.partner.example:8443/a%20b?x=1&y=(2)",
+        "https://[2001:db8::1]/",
+        "http://127.0.0.1:80/a",
+        "http://[::1]/",
+        "http://localhost",
+    ],
+)
+def test_urls(written: str) -> None:
+    assert values.url(written) == written
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "",
+        "api.partner.example",
+        "ftp://a.example/",
+        "unix:///run/a.sock",
+        "https://",
+        "https:///a",
+        "https://user:password@a.example/",
+        "https://a.example/#x",
+        "https://a.example/{api_key}",
+        "https://a.example/a b",
+        "https://a.example/\u00e9",
+        "https://a.example\\@b.example/",
+        "https://a.example:0/",
+        "https://a.example:65536/",
+        "https://a.example/\r\nX: y",
+        "http://a.example/",
+        "http://10.0.0.1/",
+        "http://127.0.0.1@a.example/",
+        "http://localhost.example/",
+        1,
+    ],
+)
+def test_what_is_no_url(written: object) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        values.url(written)
+
+
+@pytest.mark.parametrize(
+    ("written", "template"),
+    [
+        ("Bearer {api_key}", Template(("Bearer ", ""), ("api_key",))),
+        ("{a}", Template(("", ""), ("a",))),
+        ("{a}:{b b}!", Template(("", ":", "!"), ("a", "b b"))),
+        ('{{"k": "{a}"}}', Template(('{"k": "', '"}'), ("a",))),
+        ("{{{a}}}", Template(("{", "}"), ("a",))),
+        ("{a.__class__}", Template(("", ""), ("a.__class__",))),
+    ],
+)
+def test_templates_of_a_header(written: str, template: Template) -> None:
+    assert values.header_template(written) == template
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["", "Bearer sk_live", "{{a}}", "{}", "{a", "a}", "{a}}", "{{a}", "{a}\r\nX: y", "\u00e9 {a}", 1, ["{a}"]],
+)
+def test_what_is_no_template_of_a_header_is_not_repeated(written: object) -> None:
+    with pytest.raises(ValueError, match="expected") as caught:
+        values.header_template(written)
+    assert "sk_live" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "written", ["", "a b", "a:", "X\r\nY", "\u00e9", "Host", "content-length", "Connection", "TE", 1]
+)
+def test_what_is_no_header_for_a_value(written: object) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        values.header_name(written)
+
+
+@pytest.mark.parametrize("written", [0, 100, 199, 600, 200.5, "200", True, [200], float("nan")])
+def test_what_is_no_status(written: object) -> None:
+    with pytest.raises(ValueError, match="expected a status"):
+        values.status_code(written)
+
+
+@pytest.mark.parametrize(
+    ("written", "becomes"),
+    [
+        ("db.acme.example:6432/ledger", ("db.acme.example", 6432, "ledger")),
+        ("127.0.0.1/a b", ("127.0.0.1", 5432, "a b")),
+        ("[::1]:5433/x", ("::1", 5433, "x")),
+        ("/run/postgresql/ledger", ("/run/postgresql", 5432, "ledger")),
+        ("/run/postgresql:5433/ledger", ("/run/postgresql", 5433, "ledger")),
+    ],
+)
+def test_addresses_of_a_database(written: str, becomes: tuple[str, int, str]) -> None:
+    assert values.database_address(written) == becomes
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "",
+        "db.acme.example",
+        "db.acme.example:5432",
+        "db.acme.example/",
+        "a,b/x",
+        "user:password@a/x",
+        "postgresql://a/x",
+        "a:0/x",
+        "a:65536/x",
+        "::1/x",
+        "/run/../x/y",
+        "/x",
+        "a/x/y",
+        "a/x\n",
+        1,
+    ],
+)
+def test_what_is_no_address_of_a_database(written: object) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        values.database_address(written)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from tokenward.config import parse
+from tokenward.config.workloads import VALIDATION_KEYS
+from tokenward.core.model import AnyValidation, HttpValidation, PostgresqlValidation, Template
 from tokenward.errors import ConfigError, Problem
 
+DOCUMENT = Path(__file__).parents[3] / "docs" / "configuration.md"
 HEAD = """\
 trust_domain = "acme.example"
 environment = { name = "test", vault_paths = ["production/", "database/creds", "transit/keys/web", "pki/sign"] }
@@ -308,3 +314,158 @@ def test_an_overlap_as_long_as_the_life_is_an_error(overlap: str) -> None:
 def test_refresh_at_is_a_share_of_the_lifetime(share: str) -> None:
     [found] = problems_of(f"[policies.a]\nrefresh_at = {share}\n")
     assert found.startswith("5 policies.a.refresh_at: expected a number above 0.1 and at most 0.9")
+
+
+# -- how a new value is tried -----------------------------------------------------------------------------------------
+
+KINDS = {
+    "kv": 'kind = "kv"\npath = "production/a"\n',
+    "leased": 'kind = "leased"\npath = "database/creds/a"\n',
+    "vault_token": 'kind = "vault_token"\n',
+    "jwt": 'kind = "jwt"\npath = "transit/keys/web"\naudiences = ["a"]\n',
+    "x509": 'kind = "x509"\npath = "pki/sign/web"\n',
+}
+URL = "https://api.partner.example/v1/ping"
+DB = 'postgresql = "db.acme.example/ledger"'
+
+
+def validation_of(kind: str, table: str) -> AnyValidation | None:
+    """What `validate = { <table> }` becomes in a credential of that kind."""
+    text = credential(f"{KINDS[kind]}validate = {{ {table} }}")
+    return parse({"f": HEAD + text}).workloads["a"].grants["c"].validate
+
+
+def validation_problems(table: str, *, kind: str = "kv") -> list[str]:
+    """As `problems_of`, without what is the same for all: the line and the credential."""
+    line = 9 + KINDS[kind].count("\n") - 1
+    found = problems_of(credential(f"{KINDS[kind]}validate = {{ {table} }}"))
+    return [one.removeprefix(f"{line} workloads.a.credentials.c.") for one in found]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_validate_nothing_is_tried(kind: str) -> None:
+    assert parse({"f": HEAD + credential(KINDS[kind])}).workloads["a"].grants["c"].validate is None
+
+
+@pytest.mark.parametrize("kind", ["kv", "leased", "vault_token", "jwt"])
+def test_a_check_by_http(kind: str) -> None:
+    written = f'http = "{URL}", header = "X-Key", value = "{{token}}", method = "HEAD", expect = 204, timeout = "2s"'
+    assert validation_of(kind, written + ', ca_file = "/etc/ca.pem"') == HttpValidation(
+        url=URL,
+        value=Template(("", ""), ("token",)),
+        header="X-Key",
+        method="HEAD",
+        expect=204,
+        timeout_s=2.0,
+        ca_file="/etc/ca.pem",
+    )
+
+
+@pytest.mark.parametrize("kind", ["vault_token", "jwt"])
+def test_a_kind_with_a_token_needs_no_more_than_an_address(kind: str) -> None:
+    assert validation_of(kind, f'http = "{URL}"') == HttpValidation(
+        url=URL, value=Template(("Bearer ", ""), ("token",)), header="Authorization", method="GET", expect=200
+    )
+    assert validation_problems(f'http = "{URL}", value = "{{api_key}}"', kind=kind)[0].startswith(
+        f"validate.value: expected the fields of kind {kind!r} only: token"
+    )
+
+
+@pytest.mark.parametrize("kind", ["kv", "leased"])
+def test_a_check_by_postgresql(kind: str) -> None:
+    assert validation_of(kind, DB + ', ca_file = "/etc/ca.pem"') == PostgresqlValidation(
+        host="db.acme.example", port=5432, database="ledger", sslmode="verify-full", ca_file="/etc/ca.pem"
+    )
+    assert validation_of(kind, 'postgresql = "/run/postgresql/ledger"') == PostgresqlValidation(
+        host="/run/postgresql", port=5432, database="ledger", sslmode="disable"
+    )
+    for host in ("127.0.0.1", "[::1]", "localhost"):
+        made = validation_of(kind, f'postgresql = "{host}:5433/ledger", sslmode = "disable"')
+        assert made == PostgresqlValidation(host=host.strip("[]"), port=5433, database="ledger", sslmode="disable")
+
+
+@pytest.mark.parametrize(
+    ("written", "problem"),
+    [
+        ("", "validate: expected the key 'http' or 'postgresql', such as { http = \"https://...\" }"),
+        (
+            f'http = "{URL}", {DB}, zzz = 1',
+            "validate: expected the key 'http' or 'postgresql', one of them, not both",
+        ),
+        (f'http = "{URL}"', "validate.value: is required"),
+        (
+            'http = "http://api.partner.example", value = "{a}"',
+            "validate.http: expected https://: plain http:// is taken only for a loopback address",
+        ),
+        (
+            f'http = "{URL}", value = "{{a}}", sslmode = "disable"',
+            "validate.sslmode: is a key of a check by 'postgresql', not by 'http'",
+        ),
+        (
+            f'{DB}, ca_file = "/ca", expect = 200',
+            "validate.expect: is a key of a check by 'http', not by 'postgresql'",
+        ),
+        (
+            f'http = "{URL}", value = "{{a}}", expected = 200',
+            "validate.expected: unknown key; did you mean 'expect'?",
+        ),
+        (
+            f'http = "{URL}", value = "{{a}}", timeout = "31s"',
+            "validate.timeout: expected a duration of at most 30s",
+        ),
+        (f'http = "{URL}", value = "{{a}}", method = "POST"', "validate.method: expected one of 'GET', 'HEAD'"),
+        (DB, "validate.ca_file: is required: the CAs that may have signed the database's certificate"),
+        (
+            f'{DB}, sslmode = "disable"',
+            "validate.sslmode: expected 'verify-full' or 'verify-ca': only a loopback address can do without TLS",
+        ),
+        (
+            f'{DB}, sslmode = "require"',
+            "validate.sslmode: expected one of 'verify-full', 'verify-ca', 'disable'",
+        ),
+        (
+            'postgresql = "/run/pg/x", sslmode = "verify-full"',
+            "validate.sslmode: expected one of 'disable'",
+        ),
+    ],
+)
+def test_mistakes_in_a_check_are_reported(written: str, problem: str) -> None:
+    assert problem in validation_problems(written)
+
+
+def test_every_mistake_in_a_check_is_reported_with_its_line() -> None:
+    text = credential(
+        f'{KINDS["kv"]}[workloads.a.credentials.c.validate]\nhttp = "ftp://a"\nvalue = "sk_live_1"\nexpect = "200"\n'
+    )
+    found = problems_of(text)
+    assert [one.partition(": ")[0] for one in found] == [
+        f"{line} workloads.a.credentials.c.validate.{key}"
+        for line, key in ((11, "http"), (12, "value"), (13, "expect"))
+    ]
+    assert not any("sk_live_1" in one for one in found)
+
+
+@pytest.mark.parametrize("kind", ["vault_token", "jwt"])
+def test_a_token_is_no_database_login(kind: str) -> None:
+    assert validation_problems(f'{DB}, ca_file = "/ca"', kind=kind) == [
+        f"validate.postgresql: needs the fields username and password, which kind {kind!r} has not"
+    ]
+
+
+def test_a_certificate_is_not_tried() -> None:
+    [found] = validation_problems(f'http = "{URL}"', kind="x509")
+    assert found == ("validate: is a key of kind 'kv' and 'leased' and 'vault_token' and 'jwt', not of 'x509'")
+
+
+def test_validate_is_a_table() -> None:
+    text = credential(f'{KINDS["kv"]}validate = "https://a"')
+    assert problems_of(text) == [
+        "10 workloads.a.credentials.c.validate: expected a table, written [workloads.a.credentials.c.validate]"
+    ]
+
+
+@pytest.mark.parametrize(("way", "keys"), VALIDATION_KEYS.items())
+def test_the_document_has_the_keys_of_each_check(way: str, keys: frozenset[str]) -> None:
+    part = DOCUMENT.read_text().partition("### `validate`")[2].partition(f"`validate = {{ {way} =")[2]
+    table = part.partition("\n| ")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `validate\.(\w+)` \|", table, re.MULTILINE)) == keys
