@@ -74,6 +74,11 @@ class Process:
             assert time.monotonic() < give_up, f"no {text!r} in: {self.log()}"
             select.select([], [], [], 0.02)
 
+    def send(self, number: signal.Signals) -> None:
+        """Sends it a signal."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         """Ends it with a signal; returns its exit code."""
         assert self._process is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
-PROTOS = ("tokenward/v1/credentials.proto", "tokenward/v1/status.proto")
+PROTOS = ("tokenward/v1/admin.proto", "tokenward/v1/credentials.proto", "tokenward/v1/status.proto")
 
 
 def generate(into: Path) -> None:

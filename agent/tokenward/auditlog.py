@@ -30,7 +30,8 @@ class AuditLog:
     disk, is cut off before the next one is written: nothing was served for it.
     """
 
-    def __init__(self, *, path: str, clock: Clock) -> None:
+    def __init__(self, *, path: str, clock: Clock, fingerprint_key: bytes | None = None) -> None:
+        """`fingerprint_key` is that of the agent before, where its values are taken over; else a new one is made."""
         self._path = path
         self._clock = clock
         self._fd = -1
@@ -39,7 +40,7 @@ class AuditLog:
         """Bytes of whole lines in the file."""
         self._whole = True
         """False while the file may hold more than that: the beginning of a line that failed."""
-        self._fingerprint_key = secrets.token_bytes(32)
+        self.fingerprint_key = fingerprint_key or secrets.token_bytes(32)
 
     def open(self) -> None:
         """Opens or makes the file. Raises AuditError when it is not ours, not writable, or another agent's."""
@@ -84,7 +85,7 @@ class AuditLog:
 
     def fingerprint(self, values: Mapping[str, Secret]) -> str:
         """16 hex digits that are equal for equal values within the life of this agent, and say nothing else of them."""
-        keyed = hmac.new(self._fingerprint_key, digestmod=sha256)
+        keyed = hmac.new(self.fingerprint_key, digestmod=sha256)
         for name, value in sorted(values.items()):
             for part in (name, value.reveal()):
                 data = part.encode("utf-8", "surrogatepass")

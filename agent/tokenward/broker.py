@@ -1,10 +1,13 @@
 """The broker: brings callers, the store, the issuers and the watchers together. It alone writes the store.
 
-    get      decide in the store; on a miss one flight to the vault, shared by all who ask meanwhile
-    renew    the refresher says that a key is due; the same flight, with nobody waiting
-    flight   vault, then audit, then store, then watchers: never back
+    get          decide in the store; on a miss one flight to the vault, shared by all who ask meanwhile
+    renew        the refresher says that a key is due; the same flight, with nobody waiting
+    flight       vault, then validation, then audit, then store, then watchers: never back
+    revoke       an operator ends what a scope covers; nobody gets it again until that is lifted
+    reconfigure  the workloads are others now; what is the same keeps its value
 
-A flight belongs to the broker, not to the caller who began it: callers come and go, the flight ends by itself.
+A flight belongs to the broker, not to the caller who began it: callers come and go, the flight ends by itself. When its
+key was ended meanwhile, what it brings is revoked and nobody gets it.
 """
 
 from __future__ import annotations
@@ -12,18 +15,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Protocol
 
 from tokenward.auditlog import AuditLog
 from tokenward.clock import Clock
 from tokenward.core.audit import Record
-from tokenward.core.model import AnyGrant, Instant, Issued, Key, Served, Workload
+from tokenward.core.blocks import Block, Blocks, Scope
+from tokenward.core.model import AnyGrant, Exchanged, Instant, Issued, Key, Served, Workload
 from tokenward.core.policy import audience_of
-from tokenward.core.schedule import backoff_s
+from tokenward.core.reload import Changes, changes, grant_of
 from tokenward.core.store import Failed, Fetch, Hit, Store, Wait
-from tokenward.errors import Reason, TokenwardError, UnavailableError, VaultUnavailableError
+from tokenward.errors import (
+    InvalidRequestError,
+    NotFoundError,
+    Reason,
+    RevokedError,
+    TokenwardError,
+    UnavailableError,
+    VaultUnavailableError,
+)
+from tokenward.revoker import Revoker
 from tokenward.watchers import Watchers
 
 _log = logging.getLogger(__name__)
@@ -41,13 +55,32 @@ class Source(Protocol):
         """A new value."""
         ...
 
-    async def renew(self, issued: Issued, grant: AnyGrant, now: Instant) -> Issued | None:
-        """The same value with a later end, or None when only a new one helps."""
+    async def renew(self, workload: Workload, grant: AnyGrant, issued: Issued, now: Instant) -> Issued | None:
+        """The same value with a later end, or None when only a new one helps.
+
+        Raises RevokedError or NotFoundError when the vault ended the value: it must not be served any more.
+        """
         ...
 
-    async def revoke(self, issued: Issued) -> None:
-        """Ends what was made at the vault for `issued`."""
+    async def validate(self, grant: AnyGrant, issued: Issued) -> None:
+        """Returns when a new value may become current, raises the error that says why not."""
         ...
+
+    def forget(self, workload: str, now: Instant) -> tuple[Issued, ...]:
+        """Lets go of what is kept to speak for `workload`; returns what must be revoked for it."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """One value under way. `ended` is set when its key was ended meanwhile: what it brings is nobody's."""
+
+    key: Key
+    workload: Workload
+    grant: AnyGrant
+    anew: bool
+    """True when the value that is held must not just be renewed."""
+    ended: TokenwardError | None = None
 
 
 class Broker:
@@ -59,22 +92,28 @@ class Broker:
     def __init__(
         self,
         *,
+        workloads: Mapping[str, Workload],
         store: Store,
         issuers: Source,
+        revoker: Revoker,
         watchers: Watchers,
         audit: AuditLog,
         clock: Clock,
+        blocks: Blocks | None = None,
         draw: Callable[[], float] = random.random,
     ) -> None:
+        self._workloads = workloads
         self._store = store
         self._issuers = issuers
+        self._revoker = revoker
         self._watchers = watchers
         self._audit = audit
         self._clock = clock
+        self._blocks = blocks or Blocks()
         self._draw = draw
-        self._subjects: dict[Key, tuple[Workload, AnyGrant]] = {}
+        self._flying: dict[asyncio.Task[Served], _Flight] = {}
         self._flights: dict[Key, asyncio.Task[Served]] = {}
-        self._revocations: set[asyncio.Task[None]] = set()
+        """Those of `_flying` that were not ended."""
         self.changed = asyncio.Event()
         """Set whenever the store's next due time may have moved."""
 
@@ -83,9 +122,14 @@ class Broker:
 
         Raises:
             TokenwardError: what the vault's answer deserves; the same error for all who waited for it.
+            RevokedError: an operator ended it.
             VaultUnavailableError: no answer in time; the flight goes on for whoever asks next.
+            UnavailableError: the configuration was replaced since the caller was attested.
         """
+        if self._workloads.get(workload.name) is not workload:
+            raise _reconfigured()
         key = Key(workload.name, grant.name, audience_of(grant, audience))
+        self._blocks.verify(key)
         decision = self._store.decide(key, grant, self._clock.now())
         match decision:
             case Hit(served):
@@ -94,7 +138,6 @@ class Broker:
                 error.retry_after_s = retry_after_s
                 raise error.with_traceback(None)
             case Fetch():
-                self._subjects[key] = (workload, grant)
                 flight = self._depart(key)
             case Wait():
                 flight = self._flights[key]
@@ -110,6 +153,11 @@ class Broker:
         """Starts the refresh of `key` unless one is under way; whoever watches is told the outcome."""
         if self._store.begin(key):
             self._depart(key)
+
+    def encourage(self) -> None:
+        """The vault is back: what failed meanwhile need not wait for the end of its back-off."""
+        self._store.encourage(self._draw, self._clock.now())
+        self.changed.set()
 
     def moved_on(self, key: Key, version: int) -> None:
         """Everybody who was told of `version` of `key` uses it: the one before goes soon, not at the overlap's end."""
@@ -133,9 +181,28 @@ class Broker:
                     await asyncio.shield(flight)
         return await self.get(workload, grant, audience, timeout_s=timeout_s)
 
+    async def rotate(self, workload: str, credential: str) -> tuple[Served, ...]:
+        """New values of a credential that is held, for each audience. The ones before stay for the overlap.
+
+        Raises InvalidRequestError when nothing of it is held, and what the vault's answer deserves: then what is held
+        stays.
+        """
+        held = [key for key, _ in self.held() if (key.workload, key.credential) == (workload, credential)]
+        if not held:
+            text = f"nothing is held of {workload}/{credential}; whoever asks for it next gets a new value"
+            raise InvalidRequestError(text)
+        tasks = [self._depart(key, anew=True) if self._store.begin(key) else self._flights[key] for key in held]
+        return tuple(await asyncio.shield(asyncio.gather(*tasks)))
+
+    def held(self) -> tuple[tuple[Key, Served], ...]:
+        """Every live value."""
+        now = self._clock.now()
+        found = ((key, self._store.live(key, now)) for key in sorted(self._store.keys))
+        return tuple((key, served) for key, served in found if served is not None)
+
     def retire(self, key: Key) -> None:
         """Ends the overlap of `key`: the previous version is revoked and watchers see it gone."""
-        self._revoke(key, self._store.retire(key))
+        self._revoker.end(key, self._store.retire(key))
         served = self._store.live(key, self._clock.now())
         if served is not None:
             self._watchers.publish(key, served)
@@ -143,45 +210,128 @@ class Broker:
 
     def lapse(self, key: Key) -> None:
         """Lets go of `key`, which nobody wants any more."""
-        self._revoke(key, self._store.drop(key))
-        self._subjects.pop(key, None)
+        self._revoker.end(key, self._store.drop(key))
         self.changed.set()
+
+    # -- ends before their time -----------------------------------------------------------------------------------
+
+    def let_go(self, workload: str) -> None:
+        """The last process of `workload` has gone: so do its values. Whoever comes next begins anew."""
+        for key in tuple(self._store.keys):
+            if key.workload == workload:
+                self._end(key, _unwanted(), why="the last process has gone")
+
+    def revoke(self, block: Block) -> int:
+        """Ends everything that `block` covers and lets nobody have it until `lift`; returns how many values that were.
+
+        At the vault leases and tokens are revoked in the background, for as long as that takes.
+        """
+        self._blocks.add(block)
+        covered = [key for key in tuple(self._store.keys) if block.scope.covers(key)]
+        why = RevokedError(Reason.REVOKED, f"{block.scope} was revoked by an operator ({block.reason})")
+        for key in covered:
+            self._end(key, why, why=block.reason)
+        if not block.scope.credential:
+            self._forget([block.scope.workload] if block.scope.workload else self._workloads, why=block.reason)
+        return len(covered)
+
+    def lift(self, scope: Scope) -> bool:
+        """Lets callers have again what was revoked as `scope`; False when that was not blocked."""
+        lifted = self._blocks.lift(scope)
+        if lifted:
+            names = {scope.workload} if scope.workload else self._workloads.keys()
+            self._watchers.end(_lifted(), names)
+        return lifted
+
+    def reconfigure(self, workloads: Mapping[str, Workload]) -> Changes:
+        """From now on serves `workloads`. What is the same keeps its value, everything else ends and is revoked.
+
+        The streams of every workload that changed end, so that whoever comes back sees what it may have now.
+        """
+        found = changes(self._workloads, workloads)
+        self._workloads = workloads
+        for key in tuple(self._store.keys):
+            if (key.workload, key.credential) in found.ended:
+                self._end(key, _reconfigured(), why="the configuration changed")
+        self._forget(found.workloads, why="the configuration changed")
+        self._watchers.end(_reconfigured(), found.workloads)
+        return found
+
+    async def halt(self) -> None:
+        """Ends every flight and revokes the tokens that speak for workloads. The values that are held stay."""
+        tasks = tuple(self._flying)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._forget(self._workloads)
 
     async def close(self) -> None:
         """Ends every flight, forgets every value and revokes every lease. Bounded by whoever cancels it."""
-        flights = tuple(self._flights.values())
-        for flight in flights:
-            flight.cancel()
-        await asyncio.gather(*flights, return_exceptions=True)
+        await self.halt()
         for key, ended in self._store.drop_all().items():
-            self._revoke(key, ended)
-        await asyncio.gather(*self._revocations)
+            self._revoker.end(key, ended)
+        await self._revoker.settled()
+
+    def _forget(self, workloads: Iterable[str], *, why: str = "") -> None:
+        for workload in workloads:
+            self._revoker.end(Key(workload, ""), self._issuers.forget(workload, self._clock.now()), why=why)
+
+    def _end(self, key: Key, error: TokenwardError, *, why: str) -> None:
+        """Whoever waits for `key` or watches it gets `error`; all that was made for it is revoked."""
+        task = self._flights.pop(key, None)
+        if task is not None:
+            self._flying[task].ended = error
+        self._revoker.end(key, self._store.drop(key), why=why)
+        self._watchers.publish(key, error)
+        self.changed.set()
 
     # -- flights ------------------------------------------------------------------------------------------------
 
     def _depart(self, key: Key, *, anew: bool = False) -> asyncio.Task[Served]:
         _log.debug("asking the vault for %s", key)
-        flight = asyncio.get_running_loop().create_task(self._fly(key, anew=anew), name=f"fetch {key}")
-        self._flights[key] = flight
-        flight.add_done_callback(_note_outcome)
-        return flight
+        found = grant_of(self._workloads, key)
+        assert found is not None, "a key without a grant was ended when the configuration changed"
+        flight = _Flight(key, *found, anew)
+        task = asyncio.get_running_loop().create_task(self._fly(flight), name=f"fetch {key}")
+        self._flights[key] = task
+        self._flying[task] = flight
+        task.add_done_callback(self._land)
+        return task
 
-    async def _fly(self, key: Key, *, anew: bool) -> Served:
-        workload, grant = self._subjects[key]
+    def _land(self, task: asyncio.Task[Served]) -> None:
+        """Callers get the outcome themselves; a bug is logged even when nobody waited for it."""
+        del self._flying[task]
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, TokenwardError):
+            _log.error("%s failed: %s", task.get_name(), type(error).__name__, exc_info=error)
+
+    async def _fly(self, flight: _Flight) -> Served:
+        key = flight.key
         try:
-            issued = await self._obtain(key, workload, grant, anew=anew)
-            ended = self._keep(key, workload, issued)
+            issued = await self._obtain(flight)
+            if flight.ended is not None:
+                self._revoker.end(key, (issued,))
+                raise flight.ended
+            ended = self._keep(flight, issued)
         except TokenwardError as error:
+            if flight.ended is not None:
+                raise flight.ended.with_traceback(None) from None
             self._store.fail(key, error, draw=self._draw(), now=self._clock.now())
             self._tell(key, error)
             raise
-        except BaseException:  # a bug, or the end of the agent: the key must not stay in flight for ever
-            self._revoke(key, self._store.drop(key))
+        except asyncio.CancelledError:  # the end of the agent
+            if flight.ended is None:
+                self._store.abort(key)
+            raise
+        except BaseException:  # a bug: the key must not stay in flight for ever
+            if flight.ended is None:
+                self._revoker.end(key, self._store.drop(key))
             raise
         finally:
-            del self._flights[key]
+            if flight.ended is None:
+                del self._flights[key]
             self.changed.set()
-        self._revoke(key, ended)
+        self._revoker.end(key, ended)
         served = self._store.live(key, self._clock.now())
         _log.debug("have %s", key)
         if served is None:
@@ -189,55 +339,67 @@ class Broker:
         self._watchers.publish(key, served)
         return served
 
-    async def _obtain(self, key: Key, workload: Workload, grant: AnyGrant, *, anew: bool) -> Issued:
-        """A renewed value where the lease allows and none is wanted `anew`, else a new one."""
-        now = self._clock.now()
-        held = self._store.live(key, now)
-        event = "issue"
+    async def _obtain(self, flight: _Flight) -> Issued:
+        """The value that is held with a later end where the vault allows and none is wanted anew, else a new one."""
+        key, workload, grant = flight.key, flight.workload, flight.grant
+        event = "renew"
         try:
-            if held is not None and held.current.issued.lease is not None and not anew:
-                event = "renew"
-                renewed = await self._issuers.renew(held.current.issued, grant, now)
-                if renewed is not None:
-                    return renewed
-                event = "issue"
-            return await self._issuers.issue(workload, grant, key.audience, self._clock.now())
+            renewed = None if flight.anew else await self._renewed(flight)
+            if renewed is not None:
+                return renewed
+            event = "issue"
+            issued = await self._issuers.issue(workload, grant, key.audience, self._clock.now())
+            event = "validate"
+            await self._validate(flight, issued)
         except TokenwardError as error:
             _log.warning("%s of %s failed: %s", event, key, error)
-            self._record(event, key, workload, outcome=error.reason)
+            self._record(event, flight, outcome=error.reason)
+            raise
+        return issued
+
+    async def _renewed(self, flight: _Flight) -> Issued | None:
+        """As `Source.renew`; what the vault has ended is served no more, and replaced where the vault gives another."""
+        now = self._clock.now()
+        held = self._store.live(flight.key, now)
+        if held is None:
+            return None
+        try:
+            return await self._issuers.renew(flight.workload, flight.grant, held.current.issued, now)
+        except (RevokedError, NotFoundError) as error:
+            if flight.ended is None:
+                _log.warning("%s was ended at the vault: %s", flight.key, error)
+                self._revoker.end(flight.key, self._store.void(flight.key), why="ended at the vault")
+            if isinstance(error, NotFoundError):
+                raise
+            return None
+
+    async def _validate(self, flight: _Flight, issued: Issued) -> None:
+        """Raises when a new value is not to be served; then, or when we are cancelled, it is revoked."""
+        held = self._store.live(flight.key, self._clock.now())
+        if held is not None and held.current.issued.values == issued.values:
+            return
+        try:
+            await self._issuers.validate(flight.grant, issued)
+        except BaseException:
+            self._revoker.end(flight.key, (issued,), why="it did not pass its validation")
             raise
 
-    def _keep(self, key: Key, workload: Workload, issued: Issued) -> tuple[Issued, ...]:
+    def _keep(self, flight: _Flight, issued: Issued) -> tuple[Issued, ...]:
         """Records and stores what was obtained; returns what must be revoked for it. AuditError: nothing is kept."""
+        key = flight.key
         fingerprint = self._audit.fingerprint(issued.values)
         try:
             if issued.exchanged is not None:
-                made = issued.exchanged
-                self._audit.append(
-                    Record(
-                        event="exchange",
-                        workload=workload.name,
-                        spiffe_id=str(workload.spiffe_id),
-                        method=made.method,
-                        role=made.role,
-                        accessor=made.accessor,
-                        vault_request_id=made.vault_request_id,
-                    )
-                )
-            self._audit.append(
-                Record(
-                    event="issue" if issued.renewed is None else "renew",
-                    workload=workload.name,
-                    spiffe_id=str(workload.spiffe_id),
-                    credential=key.credential,
-                    audience=key.audience,
-                    fingerprint=fingerprint,
-                    vault_request_id=issued.vault_request_id,
-                )
+                self._record_exchange(flight.workload, issued.exchanged)
+            self._record(
+                "issue" if issued.renewed is None else "renew",
+                flight,
+                fingerprint=fingerprint,
+                vault_request_id=issued.vault_request_id,
             )
         except TokenwardError:
             if issued.renewed is None:
-                self._revoke(key, (issued,))
+                self._revoker.end(key, (issued,))
             raise
         return self._store.put(key, issued, fingerprint=fingerprint, draw=self._draw(), now=self._clock.now())
 
@@ -245,53 +407,43 @@ class Broker:
         served = self._store.live(key, self._clock.now())
         self._watchers.publish(key, error if served is None else served)
 
-    # -- revocation ---------------------------------------------------------------------------------------------
-
-    def _revoke(self, key: Key, ended: tuple[Issued, ...]) -> None:
-        for issued in ended:
-            if issued.lease is not None:
-                task = asyncio.get_running_loop().create_task(self._end_lease(key, issued), name=f"revoke {key}")
-                self._revocations.add(task)
-                task.add_done_callback(self._revocations.discard)
-
-    async def _end_lease(self, key: Key, issued: Issued) -> None:
-        """Revokes until it is done, refused, or the lease has ended by itself."""
-        failures = 0
-        outcome = "ok"
-        while issued.is_live(self._clock.now()):
-            try:
-                await self._issuers.revoke(issued)
-            except TokenwardError as error:
-                outcome = error.reason
-                if not error.retryable:
-                    break
-                failures += 1
-                await asyncio.sleep(backoff_s(failures, draw=self._draw()))
-            else:
-                outcome = "ok"
-                break
-        try:
-            self._record("revoke", key, None, outcome=outcome)
-        except TokenwardError as error:
-            _log.error("the end of a lease of %s is not in the audit log: %s", key, error)
-
-    def _record(self, event: str, key: Key, workload: Workload | None, *, outcome: str) -> None:
+    def _record(
+        self, event: str, flight: _Flight, *, outcome: str = "ok", fingerprint: str = "", vault_request_id: str = ""
+    ) -> None:
         self._audit.append(
             Record(
                 event=event,
                 outcome=outcome,
-                workload=key.workload,
-                spiffe_id=str(workload.spiffe_id) if workload is not None else "",
-                credential=key.credential,
-                audience=key.audience,
+                workload=flight.workload.name,
+                spiffe_id=str(flight.workload.spiffe_id),
+                credential=flight.key.credential,
+                audience=flight.key.audience,
+                fingerprint=fingerprint,
+                vault_request_id=vault_request_id,
+            )
+        )
+
+    def _record_exchange(self, workload: Workload, made: Exchanged) -> None:
+        self._audit.append(
+            Record(
+                event="exchange",
+                workload=workload.name,
+                spiffe_id=str(workload.spiffe_id),
+                method=made.method,
+                role=made.role,
+                accessor=made.accessor,
+                vault_request_id=made.vault_request_id,
             )
         )
 
 
-def _note_outcome(flight: asyncio.Task[Served]) -> None:
-    """Callers get the outcome themselves; a bug is logged even when nobody waited for it."""
-    if flight.cancelled():
-        return
-    error = flight.exception()
-    if error is not None and not isinstance(error, TokenwardError):
-        _log.error("%s failed: %s", flight.get_name(), type(error).__name__, exc_info=error)
+def _reconfigured() -> UnavailableError:
+    return UnavailableError(Reason.CONFIGURATION_CHANGED, "the agent's configuration was replaced just now; ask again")
+
+
+def _lifted() -> UnavailableError:
+    return UnavailableError(Reason.CONFIGURATION_CHANGED, "a revocation was lifted just now; ask again")
+
+
+def _unwanted() -> UnavailableError:
+    return UnavailableError(Reason.EXPIRED, "it was let go when the last process of the workload had gone; ask again")

@@ -40,7 +40,21 @@ _config_option = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _WithAdmin(click.Group):
+    """Knows `tokenward admin`, and imports it when it is used: the agent itself need not hold it in memory."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), "admin"])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "admin":
+            from tokenward.admincli import admin
+
+            return admin
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=_WithAdmin, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--socket",
     envvar="TOKENWARD_SOCKET",
@@ -130,17 +144,19 @@ def _as_json(credential: Credential, *, fields: tuple[str, ...] | None) -> str:
 @cli.command()
 @_config_option
 def run(config_file: str) -> None:
-    """Run the agent until SIGTERM."""
+    """Run the agent until SIGTERM. SIGHUP has it read its configuration again."""
     config = _load(config_file)
 
     async def serve() -> None:
         from tokenward import daemon
 
         life = daemon.Life()
-        life.stop_on_signals()
+        life.obey_signals()
         await daemon.run(config, life=life)
 
     _run_loop(serve)
+    logging.shutdown()
+    os._exit(0)  # everything is done; a thread that waits for a vault must not hold up the next agent
 
 
 @cli.command()
@@ -178,11 +194,11 @@ def dev(directory: str | None, as_json: bool, log_level: str) -> None:
 @click.option("--token-file", type=click.File("r"), help="An administrator's vault token, for --apply; - is stdin.")
 def vault_setup(config_file: str, do_apply: bool, token_file: IO[str] | None) -> None:
     """Print or make what the vault needs: mounts, roles, one least-privilege policy per workload."""
-    from tokenward import daemon
+    from tokenward import assembly
     from tokenward.vault import setup
 
     config = _load(config_file)
-    signer = daemon.signer_of(config.vault)
+    signer = assembly.signer_of(config.vault)
     steps = setup.plan(config, public_key_pem=signer.public_pem() if signer is not None else "")
     if not do_apply:
         click.echo(setup.render(steps))
@@ -192,7 +208,7 @@ def vault_setup(config_file: str, do_apply: bool, token_file: IO[str] | None) ->
     token = Secret(token_file.read().strip())
 
     async def make() -> None:
-        client = daemon.client_of(config.vault)
+        client = assembly.client_of(config.vault)
         try:
             for outcome in await setup.apply(client, token, steps):
                 click.echo(outcome)

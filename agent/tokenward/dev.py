@@ -51,6 +51,9 @@ role   = "tokenward"
 [audit]
 file = "{directory}/audit.jsonl"
 
+[state]
+file = "{directory}/state.json"
+
 [workloads.demo]                      # spiffe://dev.example/demo
 selectors = ["unix:uid:{uid}"]
 exchange  = {{ method = "signed_jwt" }}
@@ -121,7 +124,7 @@ async def run(directory: str, *, as_json: bool) -> None:
         TokenwardError: something is missing (the `dev` extra), or the directory is not ours or in use.
     """
     life = daemon.Life()
-    life.stop_on_signals()
+    life.obey_signals()
     with _claimed(directory) as place:
         config = _configured(place)
         assert config.vault.signing is not None

@@ -6,7 +6,7 @@ The broker publishes and goes on; a slow stream holds up nobody and costs one sl
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 
@@ -30,17 +30,26 @@ class Watcher:
         """The highest version of each key that the owner said it uses."""
         self._slots: dict[Key, State] = {}
         self._filled = asyncio.Event()
+        self._over: TokenwardError | None = None
 
     def offer(self, key: Key, state: State) -> None:
         """Puts `state` into the slot of `key`, over whatever was there."""
         self._slots[key] = state
         self._filled.set()
 
+    def end(self, error: TokenwardError) -> None:
+        """Nothing more will be offered, because of `error`; what is in the slots still arrives."""
+        self._over = error
+        self._filled.set()
+
     async def changes(self) -> dict[Key, State]:
-        """Waits for a change and takes all that is there."""
+        """Waits for a change and takes all that is there. Raises the error with which it was ended."""
         await self._filled.wait()
+        if self._over is not None and not self._slots:
+            raise self._over.with_traceback(None)
         taken, self._slots = self._slots, {}
-        self._filled.clear()
+        if self._over is None:
+            self._filled.clear()
         return taken
 
 
@@ -69,6 +78,14 @@ class Watchers:
         """Offers `state` to everybody who watches `key`."""
         for watcher in self._by_key.get(key, ()):
             watcher.offer(key, state)
+
+    def end(self, error: TokenwardError, workloads: Container[str] | None = None) -> None:
+        """Ends every watcher, or those of `workloads`: their streams close with `error`, and whoever comes back is
+        told everything anew."""
+        for watchers in self._by_key.values():
+            for watcher in watchers:
+                if workloads is None or any(key.workload in workloads for key in watcher.keys):
+                    watcher.end(error)
 
     def acknowledge(self, owner: object, key: Key, version: int) -> bool:
         """`owner` uses `version` of `key` now. Whether everybody who was given the one before has moved on."""

@@ -7,14 +7,16 @@ from dataclasses import replace
 
 from tests.making import issued
 from tokenward.core.model import AnyGrant, Instant, Issued, Workload
-from tokenward.errors import TokenwardError
+from tokenward.errors import Reason, RevokedError, TokenwardError
 
 
 class FakeIssuers:
     """A vault that makes numbered secrets with leases of `lifetime_s`.
 
     `hold()` makes every call wait until `release()`; `failing_with` makes every call fail; `renewals_left` is how often
-    one lease can be renewed. `live` are the leases that were made and not revoked.
+    one lease can be renewed. `live` are the leases that were made and not revoked; one that is taken out of it was
+    revoked at the vault. `deleted_with` is what renewing says once the secret is gone there. `invalid_with` is what the
+    far end says of new values. `kept` are tokens that speak for workloads.
     """
 
     def __init__(self, *, lifetime_s: float = 100.0, renewals_left: int = 0) -> None:
@@ -22,6 +24,9 @@ class FakeIssuers:
         self.renewals_left = renewals_left
         self.failing_with: TokenwardError | None = None
         self.revocation_failing_with: TokenwardError | None = None
+        self.deleted_with: TokenwardError | None = None
+        self.invalid_with: TokenwardError | None = None
+        self.kept: set[str] = set()
         self.made = 0
         self.live: set[str] = set()
         self._open = asyncio.Event()
@@ -43,8 +48,12 @@ class FakeIssuers:
         self.live.add(name)
         return issued(lifetime_s=self.lifetime_s, at=now.mono, value=name, leased=True)
 
-    async def renew(self, issued: Issued, grant: AnyGrant, now: Instant) -> Issued | None:
-        del grant
+    async def renew(self, workload: Workload, grant: AnyGrant, issued: Issued, now: Instant) -> Issued | None:
+        del workload, grant
+        if self.deleted_with is not None:
+            raise self.deleted_with
+        if issued.values["password"].reveal() not in self.live:
+            raise RevokedError(Reason.REVOKED, "its lease was ended at the vault")
         if not self.renewals_left:
             return None
         await self._answer()
@@ -56,6 +65,20 @@ class FakeIssuers:
         if self.revocation_failing_with is not None:
             raise self.revocation_failing_with
         self.live.discard(issued.values["password"].reveal())
+
+    async def validate(self, grant: AnyGrant, issued: Issued) -> None:
+        del grant, issued
+        if self.invalid_with is not None:
+            raise self.invalid_with
+
+    def forget(self, workload: str, now: Instant) -> tuple[Issued, ...]:
+        del now
+        if workload not in self.kept:
+            return ()
+        self.kept.discard(workload)
+        name = f"token of {workload}"
+        self.live.add(name)
+        return (issued(value=name, leased=True),)
 
     async def _answer(self) -> None:
         self.entered.set()

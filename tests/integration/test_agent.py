@@ -35,15 +35,25 @@ vault_paths = ["tests", "database/creds", "nowhere"]
 
 [listen]
 workload_socket = "{directory}/workload.sock"
+admin_socket = "{directory}/admin/admin.sock"
 
 [vault]
 addresses = ["{vault}"]
+
+[vault.login]
+method = "jwt"
+role = "tokenward"
 
 [vault.signing]
 key_file = "{directory}/signing.pem"
 
 [audit]
 file = "{directory}/audit.jsonl"
+
+[leases]
+
+[state]
+file = "{directory}/state.json"
 
 [policies.short]
 overlap = "{overlap}"
@@ -86,6 +96,7 @@ class Site:
         self, directory: Path, vault: Bao, postgres: Postgres, *, max_ttl: str = "60s", overlap: str = "30s"
     ) -> None:
         self.directory = directory
+        (directory / "admin").mkdir(mode=0o700)
         self.vault = vault
         self.postgres = postgres
         self.config = directory / "tokenward.toml"

@@ -16,10 +16,21 @@ from tests.making import instant, kv_grant, workload
 from tokenward.auditlog import AuditLog
 from tokenward.broker import Broker
 from tokenward.core.audit import verify
+from tokenward.core.blocks import Block, Scope
 from tokenward.core.model import Key, Policy, Served
 from tokenward.core.store import Store
-from tokenward.errors import AuditError, Reason, VaultDeniedError, VaultUnavailableError
+from tokenward.errors import (
+    AuditError,
+    NotFoundError,
+    Reason,
+    RevokedError,
+    TokenwardError,
+    UnavailableError,
+    VaultDeniedError,
+    VaultUnavailableError,
+)
 from tokenward.refresher import Refresher
+from tokenward.revoker import Revoker
 from tokenward.watchers import Watchers
 
 KEY = Key("app", "api")
@@ -39,9 +50,12 @@ class Bench:
         self.store = Store(margin_s=6)
         self.audit = AuditLog(path=str(audit_file), clock=self.clock)
         self.audit.open()
+        self.revoker = Revoker(revoke=self.issuers.revoke, audit=self.audit, clock=self.clock, draw=lambda: 0.5)
         self.broker = Broker(
+            workloads={"app": APP},
             store=self.store,
             issuers=self.issuers,
+            revoker=self.revoker,
             watchers=self.watchers,
             audit=self.audit,
             clock=self.clock,
@@ -333,3 +347,228 @@ async def test_a_report_while_the_vault_is_down_leaves_the_value_that_is_there(b
     bench.issuers.failing_with = DOWN
     served = await bench.broker.look_again(APP, GRANT, "", 1, timeout_s=1)
     assert (password(served), served.stale) == ("secret-1", True)
+
+
+# -- ended before their time ------------------------------------------------------------------------------------------
+
+
+def block(workload: str = "", credential: str = "") -> Block:
+    return Block(scope=Scope(workload=workload, credential=credential), reason="leaked", by="uid 0", since=0.0)
+
+
+@pytest.mark.parametrize("scope", [("app", "api"), ("app", ""), ("", "")])
+async def test_what_an_operator_revoked_is_gone_for_all_until_it_is_lifted(
+    bench: Bench, scope: tuple[str, str]
+) -> None:
+    await bench.get()
+    bench.issuers.kept.add("app")
+    with bench.watchers.watch([KEY], None) as watcher:
+        assert bench.broker.revoke(block(*scope)) == 1
+        told = (await watcher.changes())[KEY]
+        assert isinstance(told, RevokedError)
+        assert "leaked" in told.public
+        await settle()
+        assert not bench.issuers.live
+        assert bool(bench.issuers.kept) == bool(scope[1]), "the token of the workload goes with the workload"
+        with pytest.raises(RevokedError):
+            await bench.get()
+        assert bench.broker.lift(Scope(workload=scope[0], credential=scope[1]))
+        with pytest.raises(UnavailableError):
+            await watcher.changes()
+    served = await bench.get()
+    assert (password(served), served.current.number) == ("secret-2", 2)
+
+
+async def test_a_revocation_of_something_else_touches_nothing(bench: Bench) -> None:
+    await bench.get()
+    assert bench.broker.revoke(block("app", "other")) == bench.broker.revoke(block("another")) == 0
+    assert not bench.broker.lift(Scope(workload="app"))
+    assert password(await bench.get()) == "secret-1"
+
+
+async def test_what_is_under_way_when_it_is_revoked_reaches_nobody_and_is_revoked_when_it_comes(bench: Bench) -> None:
+    bench.issuers.hold()
+    waiting = asyncio.create_task(bench.get())
+    await bench.issuers.entered.wait()
+    bench.broker.revoke(block("app"))
+    bench.issuers.release()
+    with pytest.raises(RevokedError):
+        await waiting
+    await settle()
+    assert not bench.issuers.live
+    assert len(bench.store) == 0
+
+
+async def test_after_a_lift_the_value_under_way_from_before_is_not_mixed_up_with_the_new_one(bench: Bench) -> None:
+    bench.issuers.hold()
+    before = asyncio.create_task(bench.get())
+    await bench.issuers.entered.wait()
+    bench.broker.revoke(block("app"))
+    bench.broker.lift(Scope(workload="app"))
+    after = asyncio.create_task(bench.get())
+    await settle()
+    bench.issuers.release()
+    assert password(await after) == "secret-2"
+    with pytest.raises(RevokedError):
+        await before
+    await settle()
+    assert bench.issuers.live == {"secret-2"}
+
+
+async def test_a_revocation_goes_on_until_the_vault_has_done_it(bench: Bench) -> None:
+    await bench.get()
+    bench.issuers.revocation_failing_with = DOWN
+    bench.broker.revoke(block("app", "api"))
+    await settle()
+    assert [key for key, _ in bench.revoker.pending] == [KEY]
+    bench.issuers.revocation_failing_with = None
+    await bench.revoker.settled()
+    assert not bench.issuers.live
+    assert bench.events()[-1] == ("revoke", "ok")
+
+
+async def test_a_lease_that_was_revoked_at_the_vault_is_replaced_and_not_served_meanwhile(bench: Bench) -> None:
+    await bench.get()
+    bench.issuers.live.clear()
+    bench.issuers.hold()
+    await bench.refresh_at(70)
+    waiting = asyncio.create_task(bench.get())
+    await settle()
+    assert not waiting.done()
+    bench.issuers.release()
+    served = await waiting
+    assert (password(served), served.current.number, served.previous) == ("secret-2", 2, None)
+
+
+async def test_a_lease_that_was_revoked_at_the_vault_ends_when_there_is_no_other(bench: Bench) -> None:
+    await bench.get()
+    bench.issuers.live.clear()
+    bench.issuers.failing_with = VaultDeniedError(Reason.LOGIN_FAILED, "no such role")
+    with bench.watchers.watch([KEY], None) as watcher:
+        await bench.refresh_at(70)
+        assert (await watcher.changes())[KEY] is bench.issuers.failing_with
+    with pytest.raises(VaultDeniedError):
+        await bench.get()
+
+
+async def test_a_secret_that_was_deleted_ends_with_its_reason_and_comes_back_when_it_is_written(bench: Bench) -> None:
+    await bench.get()
+    bench.issuers.deleted_with = NotFoundError(Reason.SECRET_NOT_FOUND, "deleted")
+    with bench.watchers.watch([KEY], None) as watcher:
+        await bench.refresh_at(70)
+        assert (await watcher.changes())[KEY] is bench.issuers.deleted_with
+        with pytest.raises(NotFoundError):
+            await bench.get()
+        bench.issuers.deleted_with = None
+        await bench.refresh_at(71)
+        told = (await watcher.changes())[KEY]
+        assert isinstance(told, Served)
+        assert told.current.number == 2
+
+
+async def test_a_new_value_that_is_not_valid_is_revoked_and_the_old_one_stays(bench: Bench) -> None:
+    await bench.get()
+    bench.issuers.invalid_with = TokenwardError(Reason.VAULT_ERROR, "the far end refused it")
+    await bench.refresh_at(70)
+    served = await bench.get()
+    assert (password(served), served.stale) == ("secret-1", True)
+    assert bench.issuers.live == {"secret-1"}
+    assert bench.events()[-2:] == [("validate", "VAULT_ERROR"), ("revoke", "ok")]
+    bench.issuers.invalid_with = None
+    await bench.refresh_at(71)
+    assert password(await bench.get()) == "secret-3", "it was tried again"
+
+
+# -- another configuration --------------------------------------------------------------------------------------------
+
+
+async def test_what_is_the_same_in_the_new_configuration_keeps_its_value(bench: Bench) -> None:
+    await bench.get()
+    again = workload(grants={"api": GRANT, "more": kv_grant("more")})
+    with bench.watchers.watch([KEY], None) as watcher:
+        found = bench.broker.reconfigure({"app": again})
+        with pytest.raises(UnavailableError):
+            await watcher.changes()
+    assert found.workloads == {"app"}
+    assert not found.ended
+    served = await bench.broker.get(again, again.grants["api"], "", timeout_s=1)
+    assert password(served) == "secret-1"
+
+
+async def test_an_equal_configuration_disturbs_nobody(bench: Bench) -> None:
+    await bench.get()
+    again = workload(grants={"api": kv_grant(policy=Policy(overlap_s=10))})
+    with bench.watchers.watch([KEY], None) as watcher:
+        assert bench.broker.reconfigure({"app": again}).workloads == set()
+        bench.watchers.publish(KEY, DOWN)
+        assert await watcher.changes() == {KEY: DOWN}
+
+
+@pytest.mark.parametrize("after", ["no workload", "no grant", "another grant", "another proof"])
+async def test_what_is_gone_or_another_in_the_new_configuration_ends_and_is_revoked(bench: Bench, after: str) -> None:
+    await bench.get()
+    others = {
+        "no workload": {},
+        "no grant": {"app": workload(grants={})},
+        "another grant": {"app": workload(grants={"api": kv_grant(policy=Policy(overlap_s=11))})},
+        "another proof": {"app": workload("app", "unix:uid:7", grants={"api": GRANT})},
+    }
+    bench.broker.reconfigure(others[after])
+    await settle()
+    assert not bench.issuers.live
+    assert len(bench.store) == 0
+
+
+async def test_who_was_attested_for_the_configuration_before_is_asked_to_come_again(bench: Bench) -> None:
+    bench.broker.reconfigure({"app": workload(grants={"api": GRANT})})
+    with pytest.raises(UnavailableError) as caught:
+        await bench.get()
+    assert caught.value.reason is Reason.CONFIGURATION_CHANGED
+    assert bench.issuers.made == 0
+
+
+async def test_when_the_last_process_has_gone_its_values_go_and_the_next_one_begins_anew(bench: Bench) -> None:
+    await bench.get()
+    bench.broker.let_go("another")
+    assert bench.issuers.live
+    bench.broker.let_go("app")
+    await settle()
+    assert not bench.issuers.live
+    assert (await bench.get()).current.number == 2
+
+
+async def test_halting_keeps_what_is_held_and_ends_what_is_under_way(bench: Bench) -> None:
+    await bench.get()
+    bench.issuers.hold()
+    await bench.refresh_at(70)
+    await bench.broker.halt()
+    held = bench.store.live(KEY, bench.clock.now())
+    assert held is not None
+    assert bench.issuers.live == {"secret-1"}
+
+
+# -- the budget -------------------------------------------------------------------------------------------------------
+
+
+async def test_refreshes_keep_to_the_budget_and_what_waits_is_done_later(bench: Bench) -> None:
+    grants = {f"c{number}": kv_grant(f"c{number}") for number in range(10)}
+    app = workload(grants=grants)
+    bench.broker.reconfigure({"app": app})
+    for grant in grants.values():
+        await bench.broker.get(app, grant, "", timeout_s=1)
+    refresher = Refresher(
+        store=bench.store,
+        broker=bench.broker,
+        watchers=bench.watchers,
+        clock=bench.clock,
+        rate=4.0,
+        calls=lambda: bench.issuers.made,
+    )
+    bench.clock.advance(70)
+    done = []
+    for _ in range(3):
+        refresher.step()
+        await settle()
+        done.append(bench.issuers.made)
+        bench.clock.advance(1)
+    assert done == [14, 18, 20]

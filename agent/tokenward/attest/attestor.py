@@ -85,9 +85,20 @@ class Attestor:
         self._platform_unreadable = dict(platform_unreadable or {})
         self._digests = Digests()
 
-    def replace(self, workloads: Iterable[Workload]) -> None:
-        """From now on attests for `workloads` and no others."""
+    def replace(
+        self,
+        workloads: Iterable[Workload],
+        *,
+        platform: frozenset[Selector] | None = None,
+        platform_unreadable: Mapping[str, str] | None = None,
+        reattest_s: float | None = None,
+    ) -> None:
+        """From now on attests for `workloads` and no others. What else is not given stays as it is."""
         self._workloads = tuple(workloads)
+        self._platform = self._platform if platform is None else platform
+        if platform_unreadable is not None:
+            self._platform_unreadable = dict(platform_unreadable)
+        self.reattest_s = self.reattest_s if reattest_s is None else reattest_s
         self.generation += 1
 
     async def attest(self, peer: Peer) -> Attestation:

@@ -32,6 +32,9 @@ _OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
 
+_COME_AGAIN = frozenset({Reason.SHUTTING_DOWN, Reason.CONFIGURATION_CHANGED})
+"""The agent, or the next one, answers the same call anew."""
+
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
 
@@ -177,4 +180,4 @@ def _failure(call: Any) -> TokenwardError | CutOffError:
     if details is None and code in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}:
         return CutOffError()
     error = error_from(code, call.details() or "", details)
-    return CutOffError() if error.reason is Reason.SHUTTING_DOWN else error
+    return CutOffError() if error.reason in _COME_AGAIN else error

@@ -37,6 +37,7 @@ _BY_REASON: dict[Reason, type[TokenwardError]] = {
     Reason.VAULT_BAD_REPLY: errors.VaultBadReplyError,
     Reason.VAULT_DENIED: errors.VaultDeniedError,
     Reason.LOGIN_FAILED: errors.VaultDeniedError,
+    Reason.VALIDATION_FAILED: errors.ValidationError,
     Reason.SECRET_NOT_FOUND: errors.NotFoundError,
     Reason.REVOKED: errors.RevokedError,
     Reason.AUDIT_UNAVAILABLE: errors.AuditError,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 from tokenward.config import values
 from tokenward.config.form import choose, fill, keys_of
@@ -21,10 +22,12 @@ from tokenward.config.sections import (
     Environment,
     JwtLogin,
     KubernetesLogin,
+    Leases,
     Listen,
     Log,
     Login,
     Signing,
+    StateFile,
     TokenLogin,
     Vault,
 )
@@ -54,7 +57,7 @@ def load(path: str) -> Config:
             documents[file] = text
     if problems:
         raise ConfigError(tuple(problems))
-    return parse(documents)
+    return replace(parse(documents), source=path)
 
 
 def parse(documents: Mapping[str, str]) -> Config:
@@ -95,6 +98,8 @@ def _config(root: Table) -> Config | None:
     if vault and isinstance(vault.login, CertLogin) and not all(one.startswith("https:") for one in vault.addresses):
         vault_table.child("login").report("method", "'cert' needs https:// addresses only")
     audit = fill(root.child("audit"), Audit) or Audit()
+    leases = fill(root.child("leases"), Leases) or Leases()
+    state = fill(root.child("state"), StateFile) or StateFile()
     log = fill(root.child("log"), Log) or Log()
     attestation = fill(root.child("attestation"), AttestationConfig) or AttestationConfig()
     root.report_unknown()
@@ -106,6 +111,8 @@ def _config(root: Table) -> Config | None:
         listen=listen,
         vault=vault,
         audit=audit,
+        leases=leases,
+        state=state,
         log=log,
         attestation=attestation,
         policies=policies,
@@ -122,7 +129,11 @@ def _listen(table: Table) -> Listen:
         table.report("workload_socket", "is inside of runtime_dir, which callers cannot enter")
     if runtime_dir == beside and len(beside.encode()) > values.MAX_SOCKET_DIRECTORY_BYTES:
         table.report("workload_socket", "leaves no room for the longer path of a socket beside it; set runtime_dir")
-    return fill(table, Listen, workload_socket=socket, runtime_dir=runtime_dir) or Listen()
+    admin = table.take("admin_socket", values.socket_path, "")
+    if admin and os.path.dirname(admin) in {os.path.dirname(socket), runtime_dir}:
+        table.report("admin_socket", "is where callers or the agent's own things are; give it a directory of its own")
+    made = fill(table, Listen, workload_socket=socket, runtime_dir=runtime_dir, admin_socket=admin)
+    return made or Listen()
 
 
 def _login(vault: Table) -> Login | None:

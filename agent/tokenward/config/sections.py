@@ -38,6 +38,10 @@ class Listen:
     workload_socket_owner: str = ""
     workload_socket_group: str = ""
     runtime_dir: str = "/run/tokenward/inner"
+    admin_socket: str = ""
+    """Where operators connect; nowhere, if empty. Its directory must be another one, that callers cannot enter."""
+    admin_socket_mode: int = 0o660
+    admin_socket_group: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +127,25 @@ class Audit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Leases:
+    """How the agent manages what it holds at the vault."""
+
+    refresh_rate: float = 10.0
+    """Budget of vault calls per second that refreshes keep to."""
+    linger_s: float = 30.0
+    """How long a workload's credentials outlive its last process."""
+    on_stop: str = "revoke"
+    """`revoke`, or `keep`: then they end by their TTL."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateFile:
+    """Where the agent remembers what an operator revoked. It holds no secret."""
+
+    file: str = "/var/lib/tokenward/state.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
     """What the agent says on standard error, and how."""
 
@@ -141,6 +164,8 @@ class AttestationConfig:
 class Config:
     """The whole. The daemon hands each component its own section, never this."""
 
+    source: str = ""
+    """The file that it was loaded from, to load it again."""
     trust_domain: str
     environment: Environment
     vault: Vault
@@ -148,6 +173,8 @@ class Config:
     workloads: Mapping[str, Workload]
     listen: Listen = field(default_factory=Listen)
     audit: Audit = field(default_factory=Audit)
+    leases: Leases = field(default_factory=Leases)
+    state: StateFile = field(default_factory=StateFile)
     log: Log = field(default_factory=Log)
     attestation: AttestationConfig = field(default_factory=AttestationConfig)
     warnings: tuple[Problem, ...] = ()

@@ -37,7 +37,8 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """One event. No field ever holds a secret; `fingerprint` is a keyed hash."""
 
     event: str
-    """get, watch, list, identity, acknowledge, reject, exchange, issue, renew, revoke, start, stop, recover."""
+    """get, watch, list, identity, acknowledge, reject; exchange, issue, renew, validate, revoke; block, unblock,
+    rotate; start, reload, handover, stop, recover."""
     outcome: str = "ok"
     """`ok`, or the reason of the error."""
     workload: str = ""

@@ -12,15 +12,19 @@ _BACKOFF_CAP_S = 30.0
 _WORTHWHILE = 0.5
 
 
-def due(issued: Issued, policy: Policy, *, draw: float, margin_s: float) -> Instant:
+def due(issued: Issued, policy: Policy, *, draw: float, margin_s: float, first: bool = False) -> Instant:
     """When to refresh: `policy.refresh_at` of the life, +-10 % by `draw` in [0, 1).
 
+    The `first` refresh of a key comes at any time from half of that to the whole: what was fetched together, at a
+    start or by many agents at once, is not replaced together.
+
     Never so late that less than `margin_s` seconds are left for the attempts, except that a life too short for the
-    margin is used at least by half. A value with a polling interval of its own is looked at again after that, +-10 %.
+    margin is used at least by half. A value with a polling interval of its own is looked at again after that,
+    spread likewise.
     """
     began = issued.renewed or issued.issued
     life_s = issued.expires.mono - began.mono
-    spread = 1 - _SPREAD + 2 * _SPREAD * draw
+    spread = (1 + draw) / 2 if first else 1 - _SPREAD + 2 * _SPREAD * draw
     if issued.refresh_s is not None:
         after_s = min(issued.refresh_s * spread, life_s)
     else:

@@ -12,18 +12,21 @@ change.
     live, refresh failed      Hit, stale                     Refresh after the back-off
     nothing live, failed      Failed until the back-off ends Refresh after the back-off if watched, else Lapse
     overlap                   Hit with `previous`            Retire when the overlap ends
+    ended by the vault        as before the first value      as before the first value
 
 Invariant: what `decide` returns in a Hit is live at the `now` it was given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
+from tokenward.core.handover import Held
 from tokenward.core.model import AnyGrant, Instant, Issued, Key, Served, Version
 from tokenward.core.schedule import backoff_s, due
-from tokenward.errors import TokenwardError
+from tokenward.errors import Reason, TokenwardError
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,9 @@ class Failed:
 
 Decision = Hit | Wait | Fetch | Failed
 
+_BACK_WITHIN_S = 3.0
+_TOLD_TO_WAIT = Reason.VAULT_RATE_LIMITED
+"""The vault itself said when to come again, and is obeyed."""
 _LAST_PAUSE_S = 0.5
 """The shortest wait between attempts at the very end of a value's life."""
 
@@ -163,6 +169,7 @@ class Store:
                 fingerprint=before.fingerprint,
             )
             return ()
+        was_live = before is not None and before.issued.is_live(now)
         displaced = entry.previous
         entry.number += 1
         entry.current = Version(
@@ -170,14 +177,14 @@ class Store:
             issued=issued,
             since=issued.issued,
             draw=draw,
-            due=due(issued, entry.grant.policy, draw=draw, margin_s=self._margin_s),
+            due=due(issued, entry.grant.policy, draw=draw, margin_s=self._margin_s, first=not was_live),
             fingerprint=fingerprint,
         )
         entry.previous, entry.retire = None, None
         ended = [displaced.issued] if displaced is not None else []
         if before is not None:
             overlap_s = min(entry.grant.policy.overlap_s, before.issued.expires.mono - now.mono)
-            if before.issued.is_live(now) and overlap_s > 0:
+            if was_live and overlap_s > 0:
                 entry.previous, entry.retire = before, Instant(now.wall + overlap_s, now.mono + overlap_s)
             else:
                 ended.append(before.issued)
@@ -188,11 +195,22 @@ class Store:
         entry = self._entries[key]
         entry.in_flight, entry.error, entry.served = False, error, None
         entry.failures += 1
-        wait_s = backoff_s(entry.failures, draw=draw)
+        after_s = error.retry_after_s or 0.0
+        wait_s = max(backoff_s(entry.failures, draw=draw), after_s)
         if entry.current is not None and entry.current.issued.is_live(now):
             left_s = entry.current.issued.expires.mono - now.mono
             wait_s = min(wait_s, max(left_s / 2, _LAST_PAUSE_S))  # the vault may be back before the value ends
-        entry.retry_mono = now.mono + max(wait_s, error.retry_after_s or 0.0)
+        entry.retry_mono = now.mono + (max(wait_s, after_s) if error.reason is _TOLD_TO_WAIT else wait_s)
+
+    def encourage(self, draw: Callable[[], float], now: Instant) -> None:
+        """The vault is back: what failed is tried again within a few seconds, each at its own time, if not earlier."""
+        for entry in self._entries.values():
+            if entry.error is not None and entry.error.reason is not _TOLD_TO_WAIT:
+                entry.retry_mono = min(entry.retry_mono, now.mono + draw() * _BACK_WITHIN_S)
+
+    def abort(self, key: Key) -> None:
+        """Ends the flight without an outcome."""
+        self._entries[key].in_flight = False
 
     def hasten(self, key: Key, version: int, *, grace_s: float, now: Instant) -> None:
         """Everybody uses `version`: if that is the current one, the overlap ends in `grace_s` seconds at the latest."""
@@ -221,6 +239,13 @@ class Store:
         entry.previous, entry.retire, entry.served = None, None, None
         return (ended,)
 
+    def void(self, key: Key) -> tuple[Issued, ...]:
+        """The vault ended what is held of `key`: nothing of it is served again; returns what may be left to revoke."""
+        entry = self._entries[key]
+        ended = tuple(version.issued for version in (entry.previous, entry.current) if version is not None)
+        entry.current, entry.previous, entry.retire, entry.served = None, None, None, None
+        return ended
+
     def drop(self, key: Key) -> tuple[Issued, ...]:
         """Forgets `key`; returns everything that must be revoked."""
         entry = self._entries.pop(key, None)
@@ -233,15 +258,59 @@ class Store:
         """Forgets everything; returns what must be revoked, by key."""
         return {key: self.drop(key) for key in tuple(self._entries)}
 
+    # -- handed from one agent to the next ------------------------------------------------------------------------
+
+    def held(self, now: Instant, digest: Callable[[Key], str]) -> tuple[Held, ...]:
+        """Every live value, as the next agent takes it over; `digest` says what a key's grant is."""
+        return tuple(
+            Held(
+                key=key,
+                grant_digest=digest(key),
+                current=entry.current,
+                previous=entry.previous,
+                retire=entry.retire,
+                used_mono=entry.used_mono,
+            )
+            for key, entry in self._entries.items()
+            if entry.current is not None and entry.current.issued.is_live(now)
+        )
+
+    def adopt(self, held: Held, grant: AnyGrant) -> None:
+        """Takes over what an agent before this one held, for a key that is not known yet."""
+        self._entries[held.key] = _Entry(
+            grant,
+            current=held.current,
+            previous=held.previous,
+            retire=held.retire,
+            number=held.current.number,
+            used_mono=held.used_mono,
+        )
+
+    @property
+    def numbers(self) -> dict[Key, int]:
+        """The last version number of each key that has no live value to tell it."""
+        without = {key: entry.number for key, entry in self._entries.items() if entry.current is None and entry.number}
+        return self._numbers | without
+
+    def count_on(self, numbers: Mapping[Key, int]) -> None:
+        """The count of these keys goes on after these numbers."""
+        self._numbers |= numbers
+
     # -- asked by the refresher ---------------------------------------------------------------------------------
 
     def due(self, now: Instant, watched: Container[Key]) -> tuple[Task, ...]:
-        """What must be done at `now`. `watched` are keys in use even if nobody asks."""
-        return tuple(task for key, entry in self._entries.items() for task in self._tasks(key, entry, now, watched))
+        """What must be done at `now`, the most urgent refresh first. `watched` are keys in use even if nobody asks."""
+        by_urgency = sorted(self._entries.items(), key=lambda item: _end_mono(item[1]))
+        return tuple(task for key, entry in by_urgency for task in self._tasks(key, entry, now, watched))
 
     def next_due_mono(self) -> float | None:
         """The monotonic time at which `due` may next return something; None when nothing is held."""
         return min((_wake_mono(entry) for entry in self._entries.values() if not entry.in_flight), default=None)
+
+    @property
+    def keys(self) -> AbstractSet[Key]:
+        """The keys that are known, whether they have a value or not."""
+        return self._entries.keys()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -291,6 +360,11 @@ def _refresh_mono(entry: _Entry) -> float:
     if entry.error is not None or entry.current is None:
         return entry.retry_mono
     return entry.current.due.mono
+
+
+def _end_mono(entry: _Entry) -> float:
+    """When the value ends; at once, where there is none."""
+    return entry.current.issued.expires.mono if entry.current is not None else 0.0
 
 
 def _wake_mono(entry: _Entry) -> float:

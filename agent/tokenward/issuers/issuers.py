@@ -19,9 +19,10 @@ from tokenward.core.schedule import capped
 from tokenward.issuers.jwt import JwtIssuer
 from tokenward.issuers.kv import KvIssuer
 from tokenward.issuers.leased import LeasedIssuer
-from tokenward.issuers.leases import Leases
+from tokenward.issuers.leases import Leases, kept
 from tokenward.issuers.vault_token import VaultTokenIssuer
 from tokenward.issuers.x509 import X509Issuer
+from tokenward.validation import Validator
 from tokenward.vault.client import VaultClient
 from tokenward.vault.exchange import Exchange
 
@@ -29,7 +30,9 @@ from tokenward.vault.exchange import Exchange
 class Issuers:
     """Obtains, renews and revokes credentials of every kind; nothing lives longer than its policy's `max_ttl`."""
 
-    def __init__(self, *, client: VaultClient, exchange: Exchange, jwt_issuer: str) -> None:
+    def __init__(self, *, client: VaultClient, exchange: Exchange, jwt_issuer: str, validator: Validator) -> None:
+        self._validator = validator
+        self._exchange = exchange
         self._leases = Leases(client=client, exchange=exchange)
         self._kv = KvIssuer(exchange=exchange)
         self._leased = LeasedIssuer(client=client, exchange=exchange, leases=self._leases)
@@ -55,10 +58,24 @@ class Issuers:
                 return await self._x509.issue(workload, grant, now)
         assert_never(grant)
 
-    async def renew(self, issued: Issued, grant: AnyGrant, now: Instant) -> Issued | None:
-        """The same value with a later end, or None when only a new value helps. Raises the vault's errors."""
+    async def renew(self, workload: Workload, grant: AnyGrant, issued: Issued, now: Instant) -> Issued | None:
+        """The same value with a later end, or None when only a new value helps.
+
+        Raises the vault's errors; RevokedError or NotFoundError when the vault has ended the value.
+        """
+        if isinstance(grant, KvGrant):
+            return await self._kv.renew(workload, grant, issued, now)
         return await self._leases.renew(issued, grant.policy, now)
+
+    async def validate(self, grant: AnyGrant, issued: Issued) -> None:
+        """Returns when a new value may become current. Raises ValidationError."""
+        await self._validator.check(grant, issued)
 
     async def revoke(self, issued: Issued) -> None:
         """Ends what `issued` left at the vault, if anything. Raises the vault's errors."""
         await self._leases.revoke(issued)
+
+    def forget(self, workload: str, now: Instant) -> tuple[Issued, ...]:
+        """Lets go of the token that is kept to speak for `workload`, if there is one: it is to be revoked."""
+        token = self._exchange.forget(workload)
+        return () if token is None else (kept(token, now),)

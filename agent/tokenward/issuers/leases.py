@@ -9,12 +9,15 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from tokenward.core.model import Instant, Issued, Policy, VaultToken
+from tokenward.core.model import Instant, Issued, Lease, Policy, VaultToken
 from tokenward.core.schedule import capped, is_worth_renewing
-from tokenward.errors import TokenwardError, VaultDeniedError
-from tokenward.vault.client import VaultClient, VaultRequest
+from tokenward.errors import Reason, RevokedError, TokenwardError, VaultDeniedError
+from tokenward.vault.client import Refusal, VaultClient, VaultRequest, refusal_of
 from tokenward.vault.exchange import Exchange
 from tokenward.vault.keeper import NoData
+
+_FOR_EVER_S = 366 * 86400.0
+_GONE = frozenset({Refusal.BAD_TOKEN, Refusal.LEASE_GONE})
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +32,8 @@ class Leases:
     async def renew(self, issued: Issued, policy: Policy, now: Instant) -> Issued | None:
         """The same value with a later end; None when the vault allows no more of it that is worth having.
 
-        Raises the vault's errors, except a refusal, which means None.
+        Raises the vault's errors, except a refusal, which means None, and RevokedError when the vault knows the lease,
+        or the token that made it, no more.
         """
         lease = issued.lease
         if lease is None or not lease.renewable:
@@ -42,7 +46,9 @@ class Leases:
             lease_s = life_s
             if lease.lease_id:
                 lease_s = await self._renew_lease(lease.lease_id, token, life_s)
-        except VaultDeniedError:
+        except VaultDeniedError as error:
+            if refusal_of(error) in _GONE:
+                raise RevokedError(Reason.REVOKED, "its lease was ended at the vault") from error
             return None
         renewed = replace(
             issued, renewed=now, expires=end_of(token, now, lease_s), lease=replace(lease, token=token), exchanged=None
@@ -75,3 +81,8 @@ def end_of(token: VaultToken, now: Instant, longest_s: float) -> Instant:
     """When something made with `token` ends on both clocks: with the token, at most `longest_s` seconds from `now`."""
     left_s = longest_s if token.expires_mono is None else min(longest_s, token.expires_mono - now.mono)
     return Instant(now.wall + left_s, now.mono + left_s)
+
+
+def kept(token: VaultToken, now: Instant) -> Issued:
+    """A token that stands for itself and serves nobody, as something that can be revoked."""
+    return Issued(values={}, issued=now, expires=end_of(token, now, _FOR_EVER_S), lease=Lease(token=token))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from tokenward.core.model import AnyGrant, Instant, JwtGrant, Served
+from tokenward.core.model import AnyGrant, JwtGrant, Served
 from tokenward.core.secret import Secret
 from tokenward.errors import TokenwardError
 from tokenward.serve.status import problem
@@ -21,16 +21,16 @@ def credential(served: Served) -> pb.Credential:
         kind=served.kind,
         version=current.number,
         values=_texts(current.issued.values),
-        issued_at=_timestamp(current.since),
-        expires_at=_timestamp(current.issued.expires),
-        refresh_at=_timestamp(current.due),
+        issued_at=timestamp(current.since.wall),
+        expires_at=timestamp(current.issued.expires.wall),
+        refresh_at=timestamp(current.due.wall),
         stale=served.stale,
         audience=served.key.audience,
     )
     if served.previous is not None and served.retire is not None:
         message.previous.version = served.previous.number
         message.previous.values.update(_texts(served.previous.issued.values))
-        message.previous.retire_at.CopyFrom(_timestamp(served.retire))
+        message.previous.retire_at.CopyFrom(timestamp(served.retire.wall))
     return message
 
 
@@ -51,5 +51,6 @@ def _texts(values: Mapping[str, Secret]) -> dict[str, str]:
     return {name: value.reveal() for name, value in values.items()}
 
 
-def _timestamp(instant: Instant) -> Timestamp:
-    return Timestamp(seconds=int(instant.wall), nanos=int(instant.wall % 1 * 1e9))
+def timestamp(wall: float) -> Timestamp:
+    """Seconds since the epoch."""
+    return Timestamp(seconds=int(wall), nanos=int(wall % 1 * 1e9))

@@ -17,6 +17,7 @@ from tokenward.clock import Clock
 from tokenward.core.model import AnyGrant, JwtGrant, Key, Served
 from tokenward.core.policy import audience_of
 from tokenward.errors import TokenwardError
+from tokenward.presence import Presence
 from tokenward.serve import convert
 from tokenward.serve.call import Call
 from tokenward.serve.front_door import FrontDoor
@@ -35,10 +36,20 @@ _Context = grpc.aio.ServicerContext[object, object]
 class CredentialService(rpc.CredentialServiceServicer):
     """`tokenward.v1.CredentialService`."""
 
-    def __init__(self, *, door: FrontDoor, broker: Broker, watchers: Watchers, audit: AuditLog, clock: Clock) -> None:
+    def __init__(
+        self,
+        *,
+        door: FrontDoor,
+        broker: Broker,
+        watchers: Watchers,
+        presence: Presence,
+        audit: AuditLog,
+        clock: Clock,
+    ) -> None:
         self._door = door
         self._broker = broker
         self._watchers = watchers
+        self._presence = presence
         self._audit = audit
         self._clock = clock
 
@@ -49,6 +60,7 @@ class CredentialService(rpc.CredentialServiceServicer):
         async with self._call(context, "get", request.name) as call:
             attested = await call.attest()
             grant = call.decide(attested, request.name, request.audience)
+            self._presence.note(attested.workload.name, call.caller.peer)
             served = await self._broker.get(attested.workload, grant, request.audience, timeout_s=call.patience_s())
             call.record(served)
             self._watchers.lend(call.caller, served.key, served.current.number)
@@ -62,6 +74,7 @@ class CredentialService(rpc.CredentialServiceServicer):
             wanted = _keys(call, attested, request.names)
             with self._watchers.watch(wanted, call.caller) as watcher:
                 told: dict[Key, State] = {}
+                self._presence.note(attested.workload.name, call.caller.peer)
                 states = await self._full_state(attested, wanted)
                 while True:
                     for state in states.values():

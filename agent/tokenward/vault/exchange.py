@@ -27,7 +27,7 @@ from tokenward.core.model import (
     Workload,
 )
 from tokenward.core.secret import Secret
-from tokenward.errors import NotFoundError, Reason, TokenwardError, VaultDeniedError
+from tokenward.errors import NotFoundError, Reason, VaultDeniedError
 from tokenward.vault.client import InlineAuth, Refusal, Reply, VaultClient, VaultRequest, refusal_of
 from tokenward.vault.keeper import NoData, TokenKeeper, renew_token, revoke_token
 from tokenward.vault.login import AgentSession, read_token, refused_login
@@ -107,17 +107,21 @@ class Exchange:
         """Ends `token` and every lease made with it. Raises TokenwardError when it may still be alive."""
         await revoke_token(self._client, token)
 
-    async def close(self) -> None:
-        """Revokes the tokens that are kept for workloads. Raises the first error, after all were tried."""
-        failed: list[TokenwardError] = []
-        while self._kept:
-            _, (_, keeper) = self._kept.popitem()
-            try:
-                await keeper.revoke()
-            except TokenwardError as error:
-                failed.append(error)
-        if failed:
-            raise failed[0]
+    async def revoke_accessor(self, accessor: str, *, now: Instant) -> None:
+        """Ends the token with this accessor, of which nothing else is known, and every lease made with it.
+
+        Needs the agent's own login. Raises TokenwardError when the token may still be alive.
+        """
+        body = {"accessor": accessor}
+        try:
+            await self.agent_call(VaultRequest("POST", "auth/token/revoke-accessor", body), into=NoData, now=now)
+        except NotFoundError:
+            return  # it has ended already
+
+    def forget(self, workload: str) -> VaultToken | None:
+        """Lets go of the token that is kept for `workload`; it is the caller's to revoke now."""
+        _, keeper = self._kept.pop(workload, (None, None))
+        return keeper.let_go() if keeper is not None else None
 
     # -- within ---------------------------------------------------------------------------------------------------
 

@@ -85,6 +85,11 @@ class TokenKeeper:
         if token is None or token is self._held:
             self._held = None
 
+    def let_go(self) -> VaultToken | None:
+        """The token that is held, which is the caller's to revoke from now on."""
+        held, self._held = self._held, None
+        return held
+
     async def revoke(self) -> None:
         """Ends the token at the vault. Raises TokenwardError when that fails; it is forgotten even so."""
         if self._flight is not None:

@@ -20,6 +20,12 @@ def test_a_refresh_is_due_at_two_thirds_of_the_life_give_or_take_a_tenth(draw: f
     assert when.wall - when.mono == pytest.approx(instant(0).wall)
 
 
+@pytest.mark.parametrize(("draw", "after"), [(0.0, 335), (0.5, 502.5), (1.0, 670)])
+def test_the_first_refresh_comes_at_any_time_from_half_of_that_on(draw: float, after: float) -> None:
+    """Agents that were started together part here, and never meet again."""
+    assert due(issued(lifetime_s=1000), POLICY, draw=draw, margin_s=6, first=True).mono == pytest.approx(after)
+
+
 def test_a_refresh_leaves_room_for_the_attempts() -> None:
     assert due(issued(lifetime_s=20), POLICY, draw=1.0, margin_s=6).mono == 14
 

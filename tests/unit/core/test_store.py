@@ -160,11 +160,82 @@ def test_without_overlap_the_old_value_is_revoked_with_the_switch() -> None:
     assert refresh(store, issued(at=60, value="new")) == (old,)
 
 
-def test_a_used_value_is_refreshed_when_due() -> None:
+def test_a_used_value_is_refreshed_when_due_for_the_first_time_earlier() -> None:
     store = holding(issued(lifetime_s=100))
-    assert store.next_due_mono() == 67
-    assert store.due(instant(66.9), ()) == ()
-    assert store.due(instant(67), ()) == (Refresh(KEY),)
+    assert store.next_due_mono() == 50.25
+    assert store.due(instant(50.2), ()) == ()
+    assert store.due(instant(50.25), ()) == (Refresh(KEY),)
+    refresh(store, issued(lifetime_s=100, at=60, value="new"))
+    store.retire(KEY)
+    assert store.next_due_mono() == 127
+
+
+def test_a_vault_that_says_when_to_come_again_is_obeyed_and_a_guess_is_not() -> None:
+    for reason, wait_s in ((Reason.VAULT_RATE_LIMITED, 60), (Reason.VAULT_UNREACHABLE, 20)):
+        store = holding(issued(lifetime_s=100))
+        store.begin(KEY)
+        error = VaultUnavailableError(reason, "no", retry_after_s=60)
+        store.fail(KEY, error, draw=0.5, now=instant(60))
+        assert store.next_due_mono() == 60 + wait_s
+
+
+def test_when_the_vault_is_back_what_failed_is_tried_soon_and_each_at_its_own_time() -> None:
+    store = new_store()
+    keys = [Key("app", name) for name in ("one", "other", "limited")]
+    errors = [DOWN, DOWN, VaultUnavailableError(Reason.VAULT_RATE_LIMITED, "slowly", retry_after_s=60)]
+    for key, error in zip(keys, errors, strict=True):
+        store.decide(key, GRANT, instant(0))
+        for _ in range(9):
+            store.fail(key, error, draw=0.9, now=instant(0))
+    store.encourage(iter((0.25, 0.75)).__next__, instant(1))
+    assert {task.key for task in store.due(instant(1.75), keys)} == {keys[0]}
+    assert {task.key for task in store.due(instant(3.25), keys)} == set(keys[:2])
+
+
+def test_what_expires_first_is_refreshed_first() -> None:
+    store = new_store()
+    keys = [Key("app", name) for name in ("late", "early", "between")]
+    for key, lifetime_s in zip(keys, (100, 80, 90), strict=True):
+        store.decide(key, GRANT, instant(0))
+        store.put(key, issued(lifetime_s=lifetime_s), fingerprint="", draw=0.5, now=instant(0))
+    assert [task.key.credential for task in store.due(instant(70), ())] == ["early", "between", "late"]
+
+
+def test_a_value_that_the_vault_ended_is_not_served_and_its_successor_has_no_previous() -> None:
+    store = holding(first := issued(lifetime_s=100))
+    store.begin(KEY)
+    assert store.void(KEY) == (first,)
+    assert isinstance(store.decide(KEY, GRANT, instant(50)), Wait)
+    put(store, issued(lifetime_s=100, at=50, value="new"), instant(50))
+    served = hit(store, 51)
+    assert (served.current.number, served.previous) == (2, None)
+
+
+def test_what_one_agent_held_the_next_one_serves_and_counts_on() -> None:
+    before = holding(issued(lifetime_s=100))
+    refresh(before, issued(lifetime_s=100, at=50, value="new"))
+    other = Key("app", "other")
+    before.decide(other, GRANT, instant(0))
+    before.put(other, issued(lifetime_s=10), fingerprint="", draw=0.5, now=instant(0))
+    before.drop(other)
+    (held,) = before.held(instant(51), lambda key: f"digest of {key}")
+    assert held.grant_digest == f"digest of {KEY}"
+    after = new_store()
+    after.adopt(held, GRANT)
+    after.count_on(before.numbers)
+    assert hit(after, 52) == hit(before, 52)
+    assert after.next_due_mono() == before.next_due_mono()
+    after.decide(other, GRANT, instant(60))
+    after.put(other, issued(at=60), fingerprint="", draw=0.5, now=instant(60))
+    assert after.live(other, instant(60)).current.number == 2  # type: ignore[union-attr]  # it was put just now
+
+
+def test_what_has_expired_is_not_handed_on_but_its_count_is() -> None:
+    store = holding(issued(lifetime_s=100))
+    assert store.held(instant(100), str) == ()
+    store.begin(KEY)
+    store.void(KEY)
+    assert store.numbers == {KEY: 1}
 
 
 def test_a_refresh_in_flight_is_not_due_again() -> None:

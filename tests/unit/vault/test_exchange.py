@@ -186,15 +186,18 @@ async def test_a_missing_role_of_an_engine_is_no_failed_login(vault: FakeVault, 
     assert caught.value.reason is Reason.VAULT_DENIED
 
 
-async def test_closing_revokes_what_is_kept_even_when_one_fails(vault: FakeVault, client: VaultClient) -> None:
-    vault.roles["other"] = ("secret/",)
+async def test_a_kept_token_that_is_forgotten_is_whoever_asked_s_to_revoke(
+    vault: FakeVault, client: VaultClient
+) -> None:
     made = exchange(client, inline=False)
-    for each in (workload("app"), workload("other")):
-        await made.call(each, READ, into=dict, now=instant(0))
-    vault.lies.append(fake.refuses(500, "no"))
-    with pytest.raises(Exception, match="VAULT_ERROR"):
-        await made.close()
-    assert len(vault.tokens) == 1
+    await made.call(workload("app"), READ, into=dict, now=instant(0))
+    token = made.forget("app")
+    assert token is not None
+    assert made.forget("app") is made.forget("never seen") is None
+    await made.revoke(token)
+    assert vault.tokens == {}
+    await made.call(workload("app"), READ, into=dict, now=instant(0))
+    assert len(vault.tokens) == 1, "it starts again"
 
 
 async def test_a_renewal_asks_for_whole_seconds_and_counts_from_before_it_was_sent(

@@ -139,6 +139,8 @@ def test_the_agent_alone_signs_and_in_one_way() -> None:
             ' "input" = [] "key_version" = [] "marshaling_algorithm" = ["jws"] "signature_algorithm" = ["pkcs1v15"] }'
         ),
         "transit/keys/jwt": 'capabilities = ["read"]',
+        "auth/token/revoke-accessor": 'capabilities = ["update"] required_parameters = ["accessor"]'
+        ' allowed_parameters = { "accessor" = [] }',
     }
 
 

@@ -61,6 +61,8 @@ def _agent_rules(config: Config) -> Iterator[str]:
         if isinstance(one.exchange, TokenRole):
             only = {"entity_alias": (str(one.spiffe_id),), "display_name": (), "meta": ()}
             yield _rule(f"auth/token/create/{one.exchange.role}", "update", only, required=("entity_alias",))
+    # What an agent before this one could not revoke any more: it left the accessors, which nobody can list.
+    yield _rule("auth/token/revoke-accessor", "update", {"accessor": ()}, required=("accessor",))
     yield from _own_token_rules()
 
 

@@ -1,0 +1,374 @@
+"""The agent's parts and how they are put together, lowest first. Nothing runs yet when `build` returns.
+
+Owns the wiring, the sockets and the files that are opened for it. Leaves to `daemon` what runs when, and to
+`succession` what one agent leaves to the next.
+"""
+
+from __future__ import annotations
+
+import functools
+import grp
+import os
+import pwd
+import resource
+import socket
+import stat
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from tokenward.attest.attestor import Attestor
+from tokenward.attest.platform import Platform, platform_of, unknown
+from tokenward.auditlog import AuditLog
+from tokenward.broker import Broker
+from tokenward.clock import Clock, SystemClock
+from tokenward.config import CertLogin, Config, JwtLogin, KubernetesLogin, Listen, Vault
+from tokenward.core.blocks import Blocks
+from tokenward.core.model import PlatformJwt
+from tokenward.core.store import Store
+from tokenward.errors import ConfigError, Problem, Reason, TokenwardError
+from tokenward.issuers import Issuers
+from tokenward.operations import Operations
+from tokenward.presence import Presence
+from tokenward.refresher import Refresher
+from tokenward.revoker import Revoker
+from tokenward.serve.credentials import CredentialService, IdentityService
+from tokenward.serve.front_door import DoorLimits, FrontDoor
+from tokenward.serve.listener import Listener, bind, from_systemd
+from tokenward.statefile import StateFile
+from tokenward.v1 import credentials_pb2, credentials_pb2_grpc
+from tokenward.validation import Validator
+from tokenward.vault.client import VaultClient
+from tokenward.vault.exchange import Exchange
+from tokenward.vault.login import AgentSession, read_token
+from tokenward.vault.setup import agent_spiffe_id
+from tokenward.vault.signer import Signer
+from tokenward.watchers import Watchers
+
+_ATTEMPTS = 3
+_OPERATORS = 32
+"""Connections to the admin socket."""
+SERVICES = tuple(service.full_name for service in credentials_pb2.DESCRIPTOR.services_by_name.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Admin:
+    """What operators connect to."""
+
+    door: FrontDoor
+    server: grpc.aio.Server
+
+
+@dataclass(slots=True, kw_only=True)
+class Agent:
+    """Everything that runs, built and not yet serving. `config` is replaced by a reload."""
+
+    config: Config
+    audit: AuditLog
+    clock: Clock
+    client: VaultClient
+    session: AgentSession | None
+    attestor: Attestor
+    store: Store
+    watchers: Watchers
+    revoker: Revoker
+    broker: Broker
+    operations: Operations
+    refresher: Refresher
+    presence: Presence
+    door: FrontDoor
+    server: grpc.aio.Server
+    health: Any
+    admin: Admin | None = None
+
+
+async def build(
+    config: Config,
+    *,
+    signer: Signer | None,
+    fingerprint_key: bytes | None,
+    reload: Callable[[Agent], Awaitable[None]],
+    closing: AsyncExitStack,
+) -> Agent:
+    """Makes every part, lowest first; `closing` ends those that hold something open, in reverse.
+
+    `signer` is there when the vault was set up for a key made in memory, `fingerprint_key` when values of the agent
+    before are taken over; `reload` is what an operator's reload does. Raises TokenwardError.
+    """
+    verify_validations(config)
+    clock = SystemClock()
+    audit = AuditLog(path=config.audit.file, clock=clock, fingerprint_key=fingerprint_key)
+    audit.open()
+    closing.callback(audit.close)
+    state = StateFile(config.state.file)
+    blocks_before, left_over = state.load()
+    sockets = _open_sockets(config.listen, closing)  # before there are threads: it sets the umask
+
+    client, session, exchange = _vault(config, signer, closing)
+    validator = Validator()
+    closing.push_async_callback(validator.close)
+    jwt_issuer = f"spiffe://{config.trust_domain}"
+    issuers = Issuers(client=client, exchange=exchange, jwt_issuer=jwt_issuer, validator=validator)
+
+    store = Store(margin_s=_ATTEMPTS * config.vault.timeout_s)
+    watchers = Watchers()
+    revoker = Revoker(revoke=issuers.revoke, audit=audit, clock=clock)
+    blocks = Blocks(blocks_before)
+    broker = Broker(
+        workloads=config.workloads,
+        store=store,
+        issuers=issuers,
+        revoker=revoker,
+        watchers=watchers,
+        audit=audit,
+        clock=clock,
+        blocks=blocks,
+    )
+    refresher = Refresher(
+        store=store,
+        broker=broker,
+        watchers=watchers,
+        clock=clock,
+        rate=config.leases.refresh_rate,
+        calls=lambda: client.calls,
+    )
+    operations = Operations(
+        broker=broker,
+        revoker=revoker,
+        blocks=blocks,
+        state=state,
+        left_over=left_over,
+        exchange=exchange,
+        audit=audit,
+        clock=clock,
+    )
+    presence = Presence(linger_s=config.leases.linger_s, on_gone=broker.let_go)
+    closing.callback(presence.close)
+
+    attestor = _attestor(config)
+    limits = DoorLimits.within(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    door = FrontDoor(listener=sockets.workload, inner_path=sockets.inner, attestor=attestor, limits=limits)
+    closing.callback(door.close)
+    credentials = CredentialService(
+        door=door, broker=broker, watchers=watchers, presence=presence, audit=audit, clock=clock
+    )
+    server, health_service = await _server(
+        credentials, IdentityService(door=door, audit=audit, clock=clock), sockets.inner, closing
+    )
+    agent = Agent(
+        config=config,
+        audit=audit,
+        clock=clock,
+        client=client,
+        session=session,
+        attestor=attestor,
+        store=store,
+        watchers=watchers,
+        revoker=revoker,
+        broker=broker,
+        operations=operations,
+        refresher=refresher,
+        presence=presence,
+        door=door,
+        server=server,
+        health=health_service,
+    )
+    if sockets.admin is not None:
+        agent.admin = await _admin(agent, sockets.admin, sockets.inner_admin, reload, closing)
+    return agent
+
+
+def _vault(
+    config: Config, signer: Signer | None, closing: AsyncExitStack
+) -> tuple[VaultClient, AgentSession | None, Exchange]:
+    """The way to the vault, the agent's own login where it has one, and what proves workloads."""
+    vault = config.vault
+    signer = signer or signer_of(vault)
+    client = client_of(vault)
+    closing.push_async_callback(client.close)
+    audience = vault.signing.audience if vault.signing is not None else ""
+    session = None
+    if vault.login is not None:
+        subject = agent_spiffe_id(config)
+        session = AgentSession(client=client, login=vault.login, signer=signer, subject=subject, audience=audience)
+    exchange = Exchange(client=client, session=session, signer=signer, audience=audience, inline=vault.inline_auth)
+    return client, session, exchange
+
+
+def _attestor(config: Config) -> Attestor:
+    where = platform(config)
+    return Attestor(
+        workloads=config.workloads.values(),
+        platform=where.selectors,
+        platform_unreadable=where.unreadable,
+        reattest_s=config.attestation.reattest_s,
+    )
+
+
+async def _server(
+    credentials: CredentialService, identity: IdentityService, path: str, closing: AsyncExitStack
+) -> tuple[grpc.aio.Server, Any]:
+    """The callers' server, started, and the service on which health is set."""
+    server = grpc.aio.server()
+    credentials_pb2_grpc.add_CredentialServiceServicer_to_server(credentials, server)
+    credentials_pb2_grpc.add_IdentityServiceServicer_to_server(identity, server)
+    health_service = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
+    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+    reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    server.add_insecure_port(f"unix:{path}")
+    await health_service.set("", health_pb2.HealthCheckResponse.NOT_SERVING)  # SERVING until the first look otherwise
+    await server.start()
+    closing.push_async_callback(server.stop, None)
+    return server, health_service
+
+
+async def _admin(
+    agent: Agent,
+    listening: socket.socket,
+    inner: str,
+    reload: Callable[[Agent], Awaitable[None]],
+    closing: AsyncExitStack,
+) -> Admin:
+    """The operators' door and server: apart from the callers', so that neither reaches the other's services."""
+    from tokenward.serve.admin import AdminService  # noqa: PLC0415 -- an agent without one need not know it
+    from tokenward.v1 import admin_pb2_grpc  # noqa: PLC0415
+
+    limits = DoorLimits(max_connections=_OPERATORS, max_connections_per_uid=_OPERATORS)
+    door = FrontDoor(listener=listening, inner_path=inner, attestor=agent.attestor, limits=limits)
+    closing.callback(door.close)
+    server = grpc.aio.server()
+    service = AdminService(
+        door=door,
+        operations=agent.operations,
+        environment=agent.config.environment.name,
+        reload=functools.partial(reload, agent),
+    )
+    admin_pb2_grpc.add_AdminServiceServicer_to_server(service, server)
+    server.add_insecure_port(f"unix:{inner}")
+    await server.start()
+    closing.push_async_callback(server.stop, None)
+    return Admin(door=door, server=server)
+
+
+# -- sockets ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sockets:
+    """What is listened on, and where grpcio listens behind it. `admin` is None where there is to be none."""
+
+    workload: socket.socket
+    admin: socket.socket | None
+    inner: str
+    inner_admin: str
+
+
+def _open_sockets(listen: Listen, closing: AsyncExitStack) -> _Sockets:
+    """The sockets that systemd passes in, else ones of our own. Raises TokenwardError, for an unknown user too."""
+    owner, group = listen.workload_socket_owner, listen.workload_socket_group
+    workload = from_systemd("workload") or _bind(
+        listen.workload_socket, mode=listen.workload_socket_mode, owner=owner, group=group
+    )
+    closing.callback(workload.close)
+    admin = from_systemd("admin")
+    if admin is None and listen.admin_socket:
+        admin = _bind(listen.admin_socket, mode=listen.admin_socket_mode, group=listen.admin_socket_group)
+    if admin is not None:
+        closing.callback(admin.close)
+    directory = _inner_directory(listen.runtime_dir, closing)
+    return _Sockets(
+        workload=workload.socket,
+        admin=admin.socket if admin is not None else None,
+        inner=_inner_socket(directory, "grpc.sock", closing),
+        inner_admin=_inner_socket(directory, "admin.sock", closing),
+    )
+
+
+def _bind(path: str, *, mode: int, owner: str = "", group: str = "") -> Listener:
+    try:
+        uid = pwd.getpwnam(owner).pw_uid if owner else None
+        gid = grp.getgrnam(group).gr_gid if group else None
+    except KeyError as error:
+        raise TokenwardError(Reason.INVALID_CONFIG, f"listen: there is no such user or group: {error}") from error
+    return bind(path, mode=mode, owner=uid, group=gid)
+
+
+def _inner_directory(directory: str, closing: AsyncExitStack) -> str:
+    """The directory of grpcio's own sockets, that only the agent can enter."""
+    with suppress(FileExistsError):
+        os.mkdir(directory, 0o700)
+    found = os.lstat(directory)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        expected = f"{directory} must be a directory of the agent's own user with mode 0700; remove it"
+        raise ConfigError((Problem(directory, 1, "listen.runtime_dir", expected),))
+    closing.callback(os.rmdir, directory)
+    return directory
+
+
+def _inner_socket(directory: str, name: str, closing: AsyncExitStack) -> str:
+    """The path of one of grpcio's own sockets."""
+    path = os.path.join(directory, name)
+
+    def remove() -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+    remove()  # left by an agent that was killed; a live one was found when the public socket was bound
+    closing.callback(remove)
+    return path
+
+
+# -- from the configuration -------------------------------------------------------------------------------------------
+
+
+def client_of(vault: Vault) -> VaultClient:
+    """A client for the vault of this configuration."""
+    certificate = (vault.login.cert_file, vault.login.key_file) if isinstance(vault.login, CertLogin) else None
+    return VaultClient(
+        addresses=vault.addresses,
+        namespace=vault.namespace,
+        ca_file=vault.ca_file,
+        client_cert=certificate,
+        timeout_s=vault.timeout_s,
+        max_reply_bytes=vault.max_reply_bytes,
+    )
+
+
+def signer_of(vault: Vault) -> Signer | None:
+    """The key that vouches for workloads, where the configuration has one. Raises ConfigError."""
+    signing = vault.signing
+    if signing is None:
+        return None
+    if not signing.key_file:
+        return Signer.generate(issuer=signing.issuer)
+    try:
+        with open(signing.key_file, "rb") as file:
+            return Signer.from_pem(file.read(), issuer=signing.issuer)
+    except (OSError, ValueError) as error:
+        expected = (error.strerror or "unreadable") if isinstance(error, OSError) else str(error)
+        raise ConfigError((Problem(signing.key_file, 1, "vault.signing.key_file", expected),)) from error
+
+
+def platform(config: Config) -> Platform:
+    """Where the agent runs, by the pod's token if there is one."""
+    files = [each.exchange.token_file for each in config.workloads.values() if isinstance(each.exchange, PlatformJwt)]
+    if isinstance(config.vault.login, JwtLogin | KubernetesLogin) and config.vault.login.token_file:
+        files.append(config.vault.login.token_file)
+    if not files:
+        return unknown("the configuration names no projected token")
+    try:
+        return platform_of(read_token(files[0]).reveal())
+    except TokenwardError as error:
+        return unknown(error.public)
+
+
+def verify_validations(config: Config) -> None:
+    """Raises TokenwardError when the values of some grant could not be tried as it asks."""
+    grants = [grant for workload in config.workloads.values() for grant in workload.grants.values()]
+    if missing := Validator.missing(grants):
+        raise TokenwardError(Reason.INVALID_CONFIG, "; ".join(missing))
