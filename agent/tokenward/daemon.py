@@ -16,7 +16,6 @@ from tokenward import handover, logs, succession
 from tokenward.assembly import SERVICES, Agent, build, platform, verify_validations
 from tokenward.config import Config, load
 from tokenward.core.audit import Record
-from tokenward.core.schedule import backoff_s
 from tokenward.errors import Reason, TokenwardError, UnavailableError
 from tokenward.vault.client import State
 from tokenward.vault.signer import Signer
@@ -26,7 +25,9 @@ _log = logging.getLogger(__name__)
 _STOP_S = 4.0
 _GRACE_S = 0.5
 _LOOK_S = 5.0
-"""How often the vault is asked how it is, and at least while it is in trouble."""
+"""How often the vault is asked how it is."""
+_STEP_S = 1.0
+"""And how often while something is wrong, on average."""
 _FIXED = ("trust_domain", "listen", "vault", "audit", "state")
 """Sections that a reload cannot replace."""
 
@@ -179,21 +180,29 @@ async def _let_go(agent: Agent, restarting: asyncio.Task[bool]) -> None:
 
 
 async def _watch_health(agent: Agent) -> None:
-    """Keeps the agent logged in, and tells health checks whether callers can be served what is not yet in memory."""
-    failures = 0
+    """Keeps the agent logged in, and tells health checks whether callers can be served what is not yet in memory.
+
+    Looks more often while something is wrong: what waits for the vault is tried again as soon as it is seen to be back.
+    """
+    said = ""
+    looked_at = float("-inf")
     while True:
-        trouble = await _trouble(agent)
-        if trouble and not failures:
-            _log.warning("not ready: %s", trouble)
-        elif not trouble and failures:
-            _log.info("ready again")
-            agent.broker.encourage()
-        failures = failures + 1 if trouble else 0
-        status = health_pb2.HealthCheckResponse.NOT_SERVING if trouble else health_pb2.HealthCheckResponse.SERVING
-        for service in ("", *SERVICES):
-            await agent.health.set(service, status)
-        pause_s = backoff_s(failures, draw=random.random()) if failures else _LOOK_S  # noqa: S311 -- no secret
-        await asyncio.sleep(min(pause_s, _LOOK_S))
+        now = asyncio.get_running_loop().time()
+        in_doubt = bool(said) or not agent.client.all_serve
+        if in_doubt or now - looked_at >= _LOOK_S:
+            looked_at = now
+            trouble = await _trouble(agent)
+            if trouble and not said:
+                _log.warning("not ready: %s", trouble)
+            elif said and not trouble:
+                _log.info("ready again")
+            if in_doubt and not trouble:
+                agent.broker.encourage()
+            said = trouble
+            status = health_pb2.HealthCheckResponse.NOT_SERVING if trouble else health_pb2.HealthCheckResponse.SERVING
+            for service in ("", *SERVICES):
+                await agent.health.set(service, status)
+        await asyncio.sleep(_STEP_S * random.uniform(0.5, 1.5))  # noqa: S311 -- no secret
 
 
 async def _trouble(agent: Agent) -> str:

@@ -17,7 +17,7 @@ from tokenward.clock import Clock
 from tokenward.core.audit import Record
 from tokenward.core.model import Issued, Key
 from tokenward.core.schedule import backoff_s
-from tokenward.errors import TokenwardError
+from tokenward.errors import Reason, TokenwardError
 
 _log = logging.getLogger(__name__)
 
@@ -65,13 +65,16 @@ class Revoker:
 
     async def _end(self, key: Key, issued: Issued, why: str) -> None:
         failures = 0
-        outcome = "ok"
-        while issued.is_live(self._clock.now()):
+        outcome: str
+        while True:  # once at least: by the vault's clock it may live on when it has ended by ours
             try:
                 await self._revoke(issued)
             except TokenwardError as error:
                 outcome = error.reason
                 if not error.retryable:
+                    break
+                if not issued.is_live(self._clock.now()):
+                    outcome = Reason.EXPIRED
                     break
                 failures += 1
                 if failures == 1:

@@ -250,6 +250,8 @@ class Issued:
     expires: Instant
     renewed: Instant | None = None
     """When the lease was last prolonged; None before the first time."""
+    new_s: float | None = None
+    """How long it lived when it was new, once it was prolonged."""
     wall_bound: bool = False
     """True when the expiry is written into the credential (JWT, certificate): the wall clock then ends it too."""
     refresh_s: float | None = None
@@ -259,6 +261,11 @@ class Issued:
     lease: Lease | None = None
     exchanged: Exchanged | None = None
     vault_request_id: str = ""
+
+    @property
+    def full_life_s(self) -> float:
+        """How long it lives when it is new."""
+        return self.expires.mono - self.issued.mono if self.new_s is None else self.new_s
 
     def is_live(self, now: Instant) -> bool:
         """Whether the value may be served at `now`."""

@@ -42,12 +42,11 @@ def capped(issued: Issued, policy: Policy) -> Issued:
 
 
 def is_worth_renewing(before: Issued, after: Issued, now: Instant) -> bool:
-    """Whether a renewal still bought something: at least half of the life that `before` began with.
+    """Whether a renewal still bought something: at least half of the life that the value had when it was new.
 
     Near the end of what the vault allows, each renewal buys less; a new value is better than renewing ever faster.
     """
-    life_s = before.expires.mono - (before.renewed or before.issued).mono
-    return after.expires.mono - now.mono >= life_s * _WORTHWHILE
+    return after.expires.mono - now.mono >= before.full_life_s * _WORTHWHILE
 
 
 def backoff_s(failures: int, *, draw: float) -> float:

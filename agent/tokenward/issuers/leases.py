@@ -14,7 +14,7 @@ from tokenward.core.schedule import capped, is_worth_renewing
 from tokenward.errors import Reason, RevokedError, TokenwardError, VaultDeniedError
 from tokenward.vault.client import Refusal, VaultClient, VaultRequest, refusal_of
 from tokenward.vault.exchange import Exchange
-from tokenward.vault.keeper import NoData
+from tokenward.vault.keeper import ROUNDED_UP_S, NoData
 
 _FOR_EVER_S = 366 * 86400.0
 _GONE = frozenset({Refusal.BAD_TOKEN, Refusal.LEASE_GONE})
@@ -38,7 +38,7 @@ class Leases:
         lease = issued.lease
         if lease is None or not lease.renewable:
             return None
-        life_s = issued.expires.mono - (issued.renewed or issued.issued).mono
+        life_s = issued.full_life_s
         try:
             token = lease.token
             if token.renewable:
@@ -51,7 +51,12 @@ class Leases:
                 raise RevokedError(Reason.REVOKED, "its lease was ended at the vault") from error
             return None
         renewed = replace(
-            issued, renewed=now, expires=end_of(token, now, lease_s), lease=replace(lease, token=token), exchanged=None
+            issued,
+            renewed=now,
+            new_s=life_s,
+            expires=end_of(token, now, lease_s),
+            lease=replace(lease, token=token),
+            exchanged=None,
         )
         renewed = capped(renewed, policy)
         return renewed if is_worth_renewing(issued, renewed, now) else None
@@ -62,7 +67,7 @@ class Leases:
             into=NoData,
             auth=token.token,
         )
-        return float(reply.lease_duration)
+        return max(0.0, reply.lease_duration - ROUNDED_UP_S)
 
     async def revoke(self, issued: Issued) -> None:
         """Ends the lease of `issued` at the vault, if it has one. Raises the vault's errors."""

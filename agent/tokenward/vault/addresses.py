@@ -118,6 +118,12 @@ class Addresses:
         """Requests begun at any address, each attempt counted, health checks not."""
         return self._calls
 
+    @property
+    def all_serve(self) -> bool:
+        """Whether nothing speaks against any address."""
+        with self._lock:
+            return all(place.breaker.is_closed for place in self._places)
+
     def verify_askable(self) -> None:
         """Raises VaultUnavailableError, at no cost, while there is no address that may be asked."""
         now_mono = self._now()

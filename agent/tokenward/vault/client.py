@@ -120,6 +120,11 @@ class VaultClient:
         """Requests begun at any address so far, each attempt counted, health checks not."""
         return self._addresses.calls
 
+    @property
+    def all_serve(self) -> bool:
+        """Whether every address may be asked: none of them failed several times in a row just now."""
+        return self._addresses.all_serve
+
     async def call(self, request: VaultRequest, *, into: type[T], auth: Auth = None) -> Reply[T]:
         """The vault's answer, its data decoded strictly into `into`.
 

@@ -16,6 +16,7 @@ is never handed out. No task of its own: a token that nobody asks for is not ren
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from tokenward.core.model import Instant, VaultToken
@@ -25,6 +26,8 @@ from tokenward.vault.client import Refusal, Reply, VaultClient, VaultRequest, re
 RENEW_AT = 2 / 3
 PAUSE_S = 5.0
 MIN_AGE_S = 60.0
+ROUNDED_UP_S = 1.0
+"""What a renewal grants is what is left of the maximum, in whole seconds, upwards: 0.2 s left is a duration of 1."""
 
 T = TypeVar("T")
 
@@ -157,7 +160,9 @@ async def renew_token(
     body = {} if increment_s is None else {"increment": f"{max(1, round(increment_s))}s"}
     request = VaultRequest("POST", "auth/token/renew-self", body)
     reply = await client.call(request, into=NoData, auth=token.token)
-    return reply.require_auth().held_from(now)
+    renewed = reply.require_auth().held_from(now)
+    ends = renewed.expires_mono
+    return renewed if ends is None else replace(renewed, expires_mono=max(now.mono, ends - ROUNDED_UP_S))
 
 
 async def revoke_token(client: VaultClient, token: VaultToken) -> None:

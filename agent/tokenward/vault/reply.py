@@ -145,6 +145,7 @@ _KNOWN: tuple[tuple[int, str, Refusal], ...] = (
     (400, "cannot be renewed", Refusal.NOT_RENEWABLE),
     (400, "check-and-set parameter did not match", Refusal.CAS_MISMATCH),
     (400, "check-and-set parameter required", Refusal.CAS_REQUIRED),
+    (500, "past the max ttl", Refusal.NOT_RENEWABLE),
     (500, "missing name in alias", Refusal.NO_COMMON_NAME),
     (500, "inline authentication cannot generate leases", Refusal.INLINE_LEASE),
 )

@@ -63,6 +63,19 @@ def test_a_renewal_that_buys_less_than_half_a_life_is_not_worth_it() -> None:
     assert not is_worth_renewing(before, replace(before, expires=instant(23)), now)
 
 
+def test_renewals_end_when_they_buy_little_and_do_not_come_ever_faster() -> None:
+    """A life of 20 s that can be prolonged to 60, refreshed early: each renewal near the end buys less."""
+    held, renewals = issued(lifetime_s=20), 0
+    while True:
+        now = due(held, Policy(refresh_at=0.3), draw=0.5, margin_s=6)
+        renewed = replace(held, renewed=now, new_s=held.full_life_s, expires=instant(min(now.mono + 20, 60)))
+        if not is_worth_renewing(held, renewed, now):
+            break
+        held, renewals = renewed, renewals + 1
+    assert renewals < 12
+    assert held.expires.mono - now.mono > 5, "and leave time to obtain a new one"
+
+
 def test_backoff_doubles_to_a_cap_and_never_hammers() -> None:
     assert [backoff_s(failures, draw=1.0) for failures in (1, 2, 3, 20)] == [0.5, 1.0, 2.0, 30.0]
     assert backoff_s(1, draw=0.0) == pytest.approx(0.05)

@@ -97,7 +97,7 @@ async def test_it_is_renewed_when_two_thirds_of_its_life_are_gone(
     assert await keeper.token(instant(199)) is first
     assert not vault.asked_for("auth/token/renew-self")
     renewed = await keeper.token(instant(201))
-    assert (renewed.token, renewed.expires_mono) == (first.token, 501)
+    assert (renewed.token, renewed.expires_mono) == (first.token, 500)
     assert len(vault.asked_for("auth/token/renew-self")) == 1
     assert source.made == 1
 
@@ -142,7 +142,7 @@ async def test_a_token_that_cannot_be_replaced_is_used_up_first(
     await keeper.token(instant(0))
     vault.renewal_ttl_s = 100
     source.error = VaultDeniedError(Reason.LOGIN_FAILED, "deliver a new wrapped secret id")
-    assert (await keeper.token(instant(201))).expires_mono == 301
+    assert (await keeper.token(instant(201))).expires_mono == 300
     with pytest.raises(VaultDeniedError, match="wrapped"):
         await keeper.token(instant(301))
 
