@@ -25,8 +25,8 @@ from tests.agents import TOKENWARD, Process
 from tests.faults.admin import Admin
 from tests.faults.callers import Callers, Phase, Tally
 from tests.faults.proxy import Call, FaultProxy
-from tests.integration.test_agent import CREATE, REVOKE, until
 from tests.postgres import Postgres
+from tests.site import CREATE, REVOKE, until
 from tokenward.core.secret import Secret
 from tokenward.errors import TokenwardError
 

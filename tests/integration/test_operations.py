@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,39 +15,14 @@ import grpc
 import pytest
 
 from tests.agents import TOKENWARD, Process
-from tests.integration.test_agent import CREATE, REVOKE, Site, prepared, until
 from tests.openbao import Bao
 from tests.postgres import Postgres
+from tests.site import CREATE, REVOKE, Site, prepared, until
 from tokenward.client import Client
 from tokenward.errors import DeniedError, NotFoundError, Reason, RevokedError
 from tokenward.v1 import admin_pb2, admin_pb2_grpc
 from tokenward.v1 import credentials_pb2 as pb
 from tokenward.v1 import credentials_pb2_grpc as rpc
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="tw-") as made:
-        yield Path(made)
-
-
-@pytest.fixture
-async def site(directory: Path, fresh_bao: Bao, postgres: Postgres) -> Site:
-    return await prepared(directory, fresh_bao, postgres)
-
-
-@pytest.fixture
-def agent(site: Site) -> Iterator[Process]:
-    with site.agent() as started:
-        started.wait_for_log("serving on")
-        yield started
-
-
-@pytest.fixture
-def client(site: Site, agent: Process) -> Iterator[Client]:
-    del agent
-    with Client(site.socket) as opened:
-        yield opened
 
 
 def admin(site: Site, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
-from tests.integration.test_agent import Site, prepared
 from tests.openbao import Bao
 from tests.postgres import Postgres
+from tests.site import Site, prepared
 from tokenward.v1 import admin_pb2, admin_pb2_grpc
 from tokenward.v1 import credentials_pb2 as pb
 from tokenward.v1 import credentials_pb2_grpc as rpc
@@ -32,12 +30,6 @@ TOKEN = """
 kind = "vault_token"
 policy = "short"
 """
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="tw-") as made:
-        yield Path(made)
 
 
 @pytest.fixture
