@@ -17,26 +17,23 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Protocol
 
 from tokenward.auditlog import AuditLog
 from tokenward.clock import Clock
-from tokenward.core.audit import Record
 from tokenward.core.blocks import Block, Blocks, Scope
-from tokenward.core.model import AnyGrant, Exchanged, Instant, Issued, Key, Served, Workload
+from tokenward.core.model import AnyGrant, Key, Served, Workload
 from tokenward.core.policy import audience_of
 from tokenward.core.reload import Changes, changes, grant_of
 from tokenward.core.store import Failed, Fetch, Hit, Store, Wait
 from tokenward.errors import (
     InvalidRequestError,
-    NotFoundError,
     Reason,
     RevokedError,
     TokenwardError,
     UnavailableError,
     VaultUnavailableError,
 )
+from tokenward.fetcher import Fetched, Fetcher, Flight, Source
 from tokenward.revoker import Revoker
 from tokenward.watchers import Watchers
 
@@ -46,41 +43,6 @@ _GRACE_S = 1.0
 """How long an old value outlives the last acknowledgement: somebody may be using what it read just before."""
 _REPORT_PAUSE_S = 10.0
 """At most one look per credential and this time, however many callers report it refused."""
-
-
-class Source(Protocol):
-    """Where values come from: `issuers.Issuers`, which raise a TokenwardError for whatever the vault does."""
-
-    async def issue(self, workload: Workload, grant: AnyGrant, audience: str, now: Instant) -> Issued:
-        """A new value."""
-        ...
-
-    async def renew(self, workload: Workload, grant: AnyGrant, issued: Issued, now: Instant) -> Issued | None:
-        """The same value with a later end, or None when only a new one helps.
-
-        Raises RevokedError or NotFoundError when the vault ended the value: it must not be served any more.
-        """
-        ...
-
-    async def validate(self, grant: AnyGrant, issued: Issued) -> None:
-        """Returns when a new value may become current, raises the error that says why not."""
-        ...
-
-    def forget(self, workload: str, now: Instant) -> tuple[Issued, ...]:
-        """Lets go of what is kept to speak for `workload`; returns what must be revoked for it."""
-        ...
-
-
-@dataclass(slots=True, eq=False)
-class _Flight:
-    """One value under way. `ended` is set when its key was ended meanwhile: what it brings is nobody's."""
-
-    key: Key
-    workload: Workload
-    grant: AnyGrant
-    anew: bool
-    """True when the value that is held must not just be renewed."""
-    ended: TokenwardError | None = None
 
 
 class Broker:
@@ -105,13 +67,13 @@ class Broker:
         self._workloads = workloads
         self._store = store
         self._issuers = issuers
+        self._fetcher = Fetcher(source=issuers, revoker=revoker, audit=audit, clock=clock)
         self._revoker = revoker
         self._watchers = watchers
-        self._audit = audit
         self._clock = clock
         self._blocks = blocks or Blocks()
         self._draw = draw
-        self._flying: dict[asyncio.Task[Served], _Flight] = {}
+        self._flying: dict[asyncio.Task[Served], Flight] = {}
         self._flights: dict[Key, asyncio.Task[Served]] = {}
         """Those of `_flying` that were not ended."""
         self.changed = asyncio.Event()
@@ -291,7 +253,7 @@ class Broker:
         _log.debug("asking the vault for %s", key)
         found = grant_of(self._workloads, key)
         assert found is not None, "a key without a grant was ended when the configuration changed"
-        flight = _Flight(key, *found, anew)
+        flight = Flight(key=key, workload=found[0], grant=found[1], anew=anew)
         task = asyncio.get_running_loop().create_task(self._fly(flight), name=f"fetch {key}")
         self._flights[key] = task
         self._flying[task] = flight
@@ -305,14 +267,13 @@ class Broker:
         if error is not None and not isinstance(error, TokenwardError):
             _log.error("%s failed: %s", task.get_name(), type(error).__name__, exc_info=error)
 
-    async def _fly(self, flight: _Flight) -> Served:
+    async def _fly(self, flight: Flight) -> Served:
         key = flight.key
+        held = self._store.live(key, self._clock.now())
         try:
-            issued = await self._obtain(flight)
-            if flight.ended is not None:
-                self._revoker.end(key, (issued,))
-                raise flight.ended
-            ended = self._keep(flight, issued)
+            fetched = await self._fetcher.fetch(
+                flight, held.current.issued if held is not None else None, on_ended=lambda: self._void(flight)
+            )
         except TokenwardError as error:
             if flight.ended is not None:
                 raise flight.ended.with_traceback(None) from None
@@ -331,110 +292,28 @@ class Broker:
             if flight.ended is None:
                 del self._flights[key]
             self.changed.set()
+        return self._keep(key, fetched)
+
+    def _keep(self, key: Key, fetched: Fetched) -> Served:
+        """Stores what was fetched, and tells who watches."""
+        now = self._clock.now()
+        ended = self._store.put(key, fetched.issued, fingerprint=fetched.fingerprint, draw=self._draw(), now=now)
         self._revoker.end(key, ended)
-        served = self._store.live(key, self._clock.now())
+        served = self._store.live(key, now)
         _log.debug("have %s", key)
         if served is None:
             raise UnavailableError(Reason.EXPIRED, f"the vault gave a value for {key} that had already expired")
         self._watchers.publish(key, served)
         return served
 
-    async def _obtain(self, flight: _Flight) -> Issued:
-        """The value that is held with a later end where the vault allows and none is wanted anew, else a new one."""
-        key, workload, grant = flight.key, flight.workload, flight.grant
-        event = "renew"
-        try:
-            renewed = None if flight.anew else await self._renewed(flight)
-            if renewed is not None:
-                return renewed
-            event = "issue"
-            issued = await self._issuers.issue(workload, grant, key.audience, self._clock.now())
-            event = "validate"
-            await self._validate(flight, issued)
-        except TokenwardError as error:
-            _log.warning("%s of %s failed: %s", event, key, error)
-            self._record(event, flight, outcome=error.reason)
-            raise
-        return issued
-
-    async def _renewed(self, flight: _Flight) -> Issued | None:
-        """As `Source.renew`; what the vault has ended is served no more, and replaced where the vault gives another."""
-        now = self._clock.now()
-        held = self._store.live(flight.key, now)
-        if held is None:
-            return None
-        try:
-            return await self._issuers.renew(flight.workload, flight.grant, held.current.issued, now)
-        except (RevokedError, NotFoundError) as error:
-            if flight.ended is None:
-                _log.warning("%s was ended at the vault: %s", flight.key, error)
-                self._revoker.end(flight.key, self._store.void(flight.key), why="ended at the vault")
-            if isinstance(error, NotFoundError):
-                raise
-            return None
-
-    async def _validate(self, flight: _Flight, issued: Issued) -> None:
-        """Raises when a new value is not to be served; then, or when we are cancelled, it is revoked."""
-        held = self._store.live(flight.key, self._clock.now())
-        if held is not None and held.current.issued.values == issued.values:
-            return
-        try:
-            await self._issuers.validate(flight.grant, issued)
-        except BaseException:
-            self._revoker.end(flight.key, (issued,), why="it did not pass its validation")
-            raise
-
-    def _keep(self, flight: _Flight, issued: Issued) -> tuple[Issued, ...]:
-        """Records and stores what was obtained; returns what must be revoked for it. AuditError: nothing is kept."""
-        key = flight.key
-        fingerprint = self._audit.fingerprint(issued.values)
-        try:
-            if issued.exchanged is not None:
-                self._record_exchange(flight.workload, issued.exchanged)
-            self._record(
-                "issue" if issued.renewed is None else "renew",
-                flight,
-                fingerprint=fingerprint,
-                vault_request_id=issued.vault_request_id,
-            )
-        except TokenwardError:
-            if issued.renewed is None:
-                self._revoker.end(key, (issued,))
-            raise
-        return self._store.put(key, issued, fingerprint=fingerprint, draw=self._draw(), now=self._clock.now())
+    def _void(self, flight: Flight) -> None:
+        """The vault ended what is held: it is served no more, whatever comes after it."""
+        if flight.ended is None:
+            self._revoker.end(flight.key, self._store.void(flight.key), why="ended at the vault")
 
     def _tell(self, key: Key, error: TokenwardError) -> None:
         served = self._store.live(key, self._clock.now())
         self._watchers.publish(key, error if served is None else served)
-
-    def _record(
-        self, event: str, flight: _Flight, *, outcome: str = "ok", fingerprint: str = "", vault_request_id: str = ""
-    ) -> None:
-        self._audit.append(
-            Record(
-                event=event,
-                outcome=outcome,
-                workload=flight.workload.name,
-                spiffe_id=str(flight.workload.spiffe_id),
-                credential=flight.key.credential,
-                audience=flight.key.audience,
-                fingerprint=fingerprint,
-                vault_request_id=vault_request_id,
-            )
-        )
-
-    def _record_exchange(self, workload: Workload, made: Exchanged) -> None:
-        self._audit.append(
-            Record(
-                event="exchange",
-                workload=workload.name,
-                spiffe_id=str(workload.spiffe_id),
-                method=made.method,
-                role=made.role,
-                accessor=made.accessor,
-                vault_request_id=made.vault_request_id,
-            )
-        )
 
 
 def _reconfigured() -> UnavailableError:

@@ -102,7 +102,11 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def _serve(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length)
+        if len(body) < length:  # the caller gave up in the middle
+            self.close_connection = True
+            return
         self.vault.requests.append(Seen(self.command, self.path, dict(self.headers.items()), body))
         lie = self.vault.lies.popleft() if self.vault.lies else None
         self.close_connection = lie is not None
