@@ -16,7 +16,7 @@ from tokenward.core.model import PlatformJwt, TokenRole, VaultToken, Workload
 from tokenward.errors import Reason, VaultDeniedError
 from tokenward.vault.client import VaultClient, VaultRequest
 from tokenward.vault.exchange import Exchange, claims_of
-from tokenward.vault.keeper import NoData
+from tokenward.vault.keeper import ROUNDED_UP_S, NoData
 from tokenward.vault.login import AgentSession
 from tokenward.vault.signer import Signer
 
@@ -147,7 +147,7 @@ async def test_a_token_is_renewed_up_to_its_maximum(setting: Setting) -> None:
     token, _ = await exchange.login(APP, now=now())
     sent = now()
     renewed = await exchange.renew(token, 600.4, now=sent)
-    assert renewed.expires_mono == sent.mono + 600
+    assert renewed.expires_mono == sent.mono + 600 - ROUNDED_UP_S
     capped = await exchange.renew(token, 36_000, now=sent)
     assert capped.expires_mono is not None
     assert capped.expires_mono <= sent.mono + 900

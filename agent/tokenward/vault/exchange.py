@@ -83,16 +83,20 @@ class Exchange:
         path = _login_path(proof)
         try:
             if isinstance(proof, TokenRole):
-                token, request_id = await self._child(path, workload, now)
+                reply, token = await self._child(path, workload, now)
             else:
                 body = {"role": proof.role, "jwt": self._jwt(workload, proof, now)}
                 reply = await self._client.call(VaultRequest("POST", path, body), into=NoData)
-                token, request_id = reply.require_auth().held_from(now), reply.request_id
+                token = reply.require_auth().held_from(now)
         except (VaultDeniedError, NotFoundError) as error:
             if error.reason is Reason.LOGIN_FAILED:
                 raise
             raise refused_login(error, who=workload.name, path=path) from error
-        return token, _exchanged(workload, request_id, accessor=token.accessor)
+        if _ALL_RIGHTS in (reply.require_auth().policies or ()):
+            await self.revoke(token)
+            text = f"the vault gave {workload.name} a token with all rights at {path}, which is refused: mend the role"
+            raise VaultDeniedError(Reason.LOGIN_FAILED, text)
+        return token, _exchanged(workload, reply.request_id, accessor=token.accessor)
 
     async def agent_call(self, request: VaultRequest, *, into: type[T], now: Instant) -> Reply[T]:
         """Performs `request` with the agent's own rights: for what no workload may do, such as signing a JWT."""
@@ -139,7 +143,7 @@ class Exchange:
             raise VaultDeniedError(Reason.LOGIN_FAILED, "the agent has no login of its own: configure vault.login")
         return self._session
 
-    async def _child(self, path: str, workload: Workload, now: Instant) -> tuple[VaultToken, str]:
+    async def _child(self, path: str, workload: Workload, now: Instant) -> tuple[Reply[NoData], VaultToken]:
         """A child of the agent's token, with the SPIFFE ID as entity alias and the selectors as metadata.
 
         It ends with its parent, which the vault's word on its life leaves out; nor does a renewal see that the agent
@@ -154,7 +158,7 @@ class Exchange:
         if not auth.orphan:
             ends = min((end for end in (token.expires_mono, parent.expires_mono) if end is not None), default=None)
             token = replace(token, expires_mono=ends, renewable=False)
-        return token, reply.request_id
+        return reply, token
 
     def _jwt(self, workload: Workload, proof: SignedJwt | PlatformJwt, now: Instant) -> Secret:
         if isinstance(proof, PlatformJwt):
@@ -176,6 +180,9 @@ class _WorkloadLogin:
         token, _ = await self._exchange.login(self._workload, now=now)
         return token
 
+
+_ALL_RIGHTS = "root"
+"""The policy that allows everything. What else a role gives is the vault's to say."""
 
 # An auth method that is not mounted answers as an unknown token does; inline there is no token.
 _LOGIN_REFUSALS = LOGIN_REFUSALS | {Refusal.BAD_TOKEN}

@@ -48,6 +48,7 @@ class AuthReply(msgspec.Struct, frozen=True, kw_only=True):
     lease_duration: Seconds
     accessor: str = ""
     renewable: bool = False
+    policies: tuple[str, ...] | None = None
     orphan: bool = False
     """Otherwise it is a child of the token that made it, and ends with that whatever its own duration says."""
 

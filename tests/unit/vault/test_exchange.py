@@ -200,6 +200,16 @@ async def test_a_kept_token_that_is_forgotten_is_whoever_asked_s_to_revoke(
     assert len(vault.tokens) == 1, "it starts again"
 
 
+async def test_a_token_with_all_rights_is_given_back_and_refused(vault: FakeVault, client: VaultClient) -> None:
+    auth = {"client_token": "s.everything", "accessor": "a", "lease_duration": 60, "policies": ["default", "root"]}
+    vault.lies.append(fake.says(200, {"request_id": "r", "auth": auth}))
+    with pytest.raises(VaultDeniedError, match="all rights") as caught:
+        await exchange(client).login(workload(), now=instant(0))
+    assert caught.value.reason is Reason.LOGIN_FAILED
+    (revoked,) = vault.asked_for("auth/token/revoke-self")
+    assert revoked.headers["X-Vault-Token"] == "s.everything"
+
+
 async def test_a_renewal_asks_for_whole_seconds_and_counts_less_than_it_gets_from_before_it_was_sent(
     vault: FakeVault, client: VaultClient
 ) -> None:
