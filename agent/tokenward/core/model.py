@@ -58,6 +58,8 @@ class Policy:
     """How long the value before the current one stays valid."""
     max_ttl_s: float = 3600.0
     """The longest that one value is used, whatever its lease says."""
+    rate: float | None = field(default=None, compare=False)
+    """How often a second one workload may ask, None for as often as its user may; no part of what a value is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,7 +193,9 @@ class Store:
     def fail(self, key: Key, error: TokenwardError, *, draw: float, now: Instant) -> None:
         """Ends the flight without a value: what lives stays and is stale, the next attempt waits for the back-off."""
         entry = self._entries[key]
-        entry.in_flight, entry.error, entry.served = False, error, None
+        if entry.error is None:
+            entry.served = None  # it is stale from now on; another failure is no news
+        entry.in_flight, entry.error = False, error
         entry.failures += 1
         after_s = error.retry_after_s or 0.0
         wait_s = max(backoff_s(entry.failures, draw=draw), after_s)

@@ -170,6 +170,18 @@ def test_a_used_value_is_refreshed_when_due_for_the_first_time_earlier() -> None
     assert store.next_due_mono() == 127
 
 
+def test_a_second_failure_is_no_news() -> None:
+    store = holding(issued(lifetime_s=100))
+    told = []
+    for at in (60, 61):
+        store.begin(KEY)
+        store.fail(KEY, DOWN, draw=0.5, now=instant(at))
+        told.append(store.live(KEY, instant(at)))
+    assert told[0] is not None
+    assert told[0].stale
+    assert told[1] is told[0]
+
+
 def test_a_vault_that_says_when_to_come_again_is_obeyed_and_a_guess_is_not() -> None:
     for reason, wait_s in ((Reason.VAULT_RATE_LIMITED, 60), (Reason.VAULT_UNREACHABLE, 20)):
         store = holding(issued(lifetime_s=100))
