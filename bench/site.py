@@ -55,6 +55,12 @@ role = "tokenward"
 [vault.signing]
 key_file = "{key}"
 
+[limits]
+request_rate         = "100000/s"
+accept_rate          = "10000/s"
+connections_per_uid  = 2048
+streams_per_uid      = 2048
+
 [audit]
 file = "{place}/audit.jsonl"
 

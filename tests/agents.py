@@ -26,7 +26,7 @@ class Process:
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         self._arguments = arguments
         self._environment = environment
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- closed in __exit__
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 -- closed in __exit__
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

@@ -10,7 +10,6 @@ import functools
 import grp
 import os
 import pwd
-import resource
 import socket
 import stat
 from collections.abc import Awaitable, Callable
@@ -20,7 +19,7 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from tokenward.attest.attestor import Attestor
 from tokenward.attest.platform import Platform, platform_of, unknown
@@ -37,6 +36,7 @@ from tokenward.operations import Operations
 from tokenward.presence import Presence
 from tokenward.refresher import Refresher
 from tokenward.revoker import Revoker
+from tokenward.serve import limits
 from tokenward.serve.credentials import CredentialService, IdentityService
 from tokenward.serve.front_door import DoorLimits, FrontDoor
 from tokenward.serve.listener import Listener, bind, from_systemd
@@ -151,15 +151,29 @@ async def build(
     closing.callback(presence.close)
 
     attestor = _attestor(config)
-    limits = DoorLimits.within(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    door = FrontDoor(listener=sockets.workload, inner_path=sockets.inner, attestor=attestor, limits=limits)
+    room = limits.Room.of(config.limits, places=limits.places_here())
+    door = FrontDoor(
+        listener=sockets.workload,
+        inner_path=sockets.inner,
+        attestor=attestor,
+        limits=limits.door_limits(config.limits, room),
+    )
     closing.callback(door.close)
+    turnstile = limits.Turnstile(room=room, rate=config.limits.request_rate)
     credentials = CredentialService(
-        door=door, broker=broker, watchers=watchers, presence=presence, audit=audit, clock=clock
+        door=door,
+        broker=broker,
+        watchers=watchers,
+        presence=presence,
+        turnstile=turnstile,
+        audit=audit,
+        clock=clock,
     )
-    server, health_service = await _server(
-        credentials, IdentityService(door=door, audit=audit, clock=clock), sockets.inner, closing
-    )
+    identity = IdentityService(door=door, turnstile=turnstile, audit=audit, clock=clock)
+    server = grpc.aio.server(options=limits.server_options(config.limits))
+    guarded = limits.Guarded(server, door=door, turnstile=turnstile, clock=clock)
+    health_service = await _serve(server, guarded, (credentials, identity), sockets.inner, closing)
+    door.inner_path = _hidden(sockets.inner, closing)
     agent = Agent(
         config=config,
         audit=audit,
@@ -210,21 +224,26 @@ def _attestor(config: Config) -> Attestor:
     )
 
 
-async def _server(
-    credentials: CredentialService, identity: IdentityService, path: str, closing: AsyncExitStack
-) -> tuple[grpc.aio.Server, Any]:
-    """The callers' server, started, and the service on which health is set."""
-    server = grpc.aio.server()
-    credentials_pb2_grpc.add_CredentialServiceServicer_to_server(credentials, server)
-    credentials_pb2_grpc.add_IdentityServiceServicer_to_server(identity, server)
+async def _serve(
+    server: grpc.aio.Server,
+    guarded: limits.Guarded,
+    ours: tuple[CredentialService, IdentityService],
+    path: str,
+    closing: AsyncExitStack,
+) -> Any:
+    """Starts the callers' server, whose other services are `guarded`. The service on which health is set."""
+    credentials_pb2_grpc.add_CredentialServiceServicer_to_server(ours[0], server)
+    credentials_pb2_grpc.add_IdentityServiceServicer_to_server(ours[1], server)
     health_service = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
-    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
-    reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    health_pb2_grpc.add_HealthServicer_to_server(health_service, guarded)
+    names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflected = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]  # nor this
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, guarded)
     server.add_insecure_port(f"unix:{path}")
     await health_service.set("", health_pb2.HealthCheckResponse.NOT_SERVING)  # SERVING until the first look otherwise
     await server.start()
     closing.push_async_callback(server.stop, None)
-    return server, health_service
+    return health_service
 
 
 async def _admin(
@@ -238,10 +257,10 @@ async def _admin(
     from tokenward.serve.admin import AdminService  # noqa: PLC0415 -- an agent without one need not know it
     from tokenward.v1 import admin_pb2_grpc  # noqa: PLC0415
 
-    limits = DoorLimits(max_connections=_OPERATORS, max_connections_per_uid=_OPERATORS)
-    door = FrontDoor(listener=listening, inner_path=inner, attestor=agent.attestor, limits=limits)
+    operators = DoorLimits(max_connections=_OPERATORS, max_connections_per_uid=_OPERATORS)
+    door = FrontDoor(listener=listening, inner_path=inner, attestor=agent.attestor, limits=operators)
     closing.callback(door.close)
-    server = grpc.aio.server()
+    server = grpc.aio.server(options=limits.server_options(agent.config.limits))
     service = AdminService(
         door=door,
         operations=agent.operations,
@@ -252,6 +271,7 @@ async def _admin(
     server.add_insecure_port(f"unix:{inner}")
     await server.start()
     closing.push_async_callback(server.stop, None)
+    door.inner_path = _hidden(inner, closing)
     return Admin(door=door, server=server)
 
 
@@ -365,6 +385,18 @@ def platform(config: Config) -> Platform:
         return platform_of(read_token(files[0]).reveal())
     except TokenwardError as error:
         return unknown(error.public)
+
+
+def _hidden(path: str, closing: AsyncExitStack) -> str:
+    """The socket at `path` by another way, that leads there from this process alone; the name is taken away.
+
+    Whoever else could enter the directory (root, our own user) would otherwise be taken for the caller whose abstract
+    name it observed and bound in a network namespace of its own.
+    """
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+    closing.callback(os.close, fd)
+    os.unlink(path)
+    return f"/proc/self/fd/{fd}"
 
 
 def verify_validations(config: Config) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Coroutine
 from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from tokenward.client import Client, Credential
 from tokenward.core.secret import Secret
 from tokenward.errors import ConfigError, Reason, TokenwardError
 
@@ -24,6 +23,7 @@ except ImportError:  # pragma: no cover -- the base install is the client librar
     sys.exit("tokenward: the command line needs more than the client library: pip install 'tokenward[agent]'")
 
 if TYPE_CHECKING:
+    from tokenward.client import Credential
     from tokenward.config import Config
 
 _REFUSED = 1
@@ -78,6 +78,8 @@ def cli(context: click.Context, socket: str | None) -> None:
 @click.pass_obj
 def get(socket: str | None, name: str, field: str | None, audience: str, output: str | None) -> None:
     """Print the credential NAME as it is now."""
+    from tokenward.client import Client
+
     with Client(socket) as client:
         credential = client.get(name, audience=audience)
     if output == "json" or (output is None and field is None):
@@ -94,6 +96,8 @@ def get(socket: str | None, name: str, field: str | None, audience: str, output:
 @click.pass_obj
 def watch(socket: str | None, names: tuple[str, ...]) -> None:
     """Print a line of JSON for each change of the credentials NAMES, or of all that are granted. Never a value."""
+    from tokenward.client import Client
+
     with Client(socket) as client:
         for change in client.watch(names):
             if change.credential is not None:
@@ -107,6 +111,8 @@ def watch(socket: str | None, names: tuple[str, ...]) -> None:
 @click.pass_obj
 def whoami(socket: str | None) -> None:
     """Print who the agent says you are, and what you may have."""
+    from tokenward.client import Client
+
     with Client(socket) as client:
         identity = client.identity()
         grants = client.list_grants()
@@ -117,6 +123,22 @@ def whoami(socket: str | None) -> None:
         "credentials": {grant.name: grant.kind for grant in grants},
     }
     click.echo(json.dumps(shown, indent=2))
+
+
+@cli.command()
+@click.option("--socket", "own_socket", help="The agent's workload socket, as for `tokenward --socket`.")
+@click.option("--live", is_flag=True, help="Ask only whether the agent answers at all, ready or not.")
+@click.option("--timeout", "timeout_s", default=3.0, show_default=True, type=click.FloatRange(0, 60, min_open=True))
+@click.pass_obj
+def health(socket: str | None, own_socket: str | None, live: bool, timeout_s: float) -> None:
+    """Say whether the agent is ready, for probes: exit 0 if it is, else 1 with the reason."""
+    from tokenward import health as asking
+
+    try:
+        asking.verify(own_socket or socket, is_live_enough=live, timeout_s=timeout_s)
+    except TokenwardError as error:
+        click.echo(f"tokenward: {error.public}", err=True)
+        sys.exit(_REFUSED)
 
 
 def _field(credential: Credential, field: str | None) -> str:
@@ -145,7 +167,12 @@ def _as_json(credential: Credential, *, fields: tuple[str, ...] | None) -> str:
 @_config_option
 def run(config_file: str) -> None:
     """Run the agent until SIGTERM. SIGHUP has it read its configuration again."""
+    from tokenward import hardening
+
+    notes = (*hardening.verify_switches(), *hardening.protect())  # systemd may have passed secrets of the agent before
     config = _load(config_file)
+    for note in notes:
+        logging.getLogger(__name__).log(note.level, "%s", note.text)
 
     async def serve() -> None:
         from tokenward import daemon
@@ -180,8 +207,10 @@ def check(config_file: str) -> None:
 @click.option("--log-level", default="warning", show_default=True, type=click.Choice(["debug", "info", "warning"]))
 def dev(directory: str | None, as_json: bool, log_level: str) -> None:
     """Run an agent beside an embedded OpenBao, with a few credentials for the current user."""
+    from tokenward import hardening, logs
+
+    hardening.quiet_grpc()
     from tokenward import dev as development
-    from tokenward import logs
 
     logs.configure(log_level)
     where = os.path.abspath(directory or development.default_directory())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from grpc_health.v1 import health_pb2
 
-from tokenward import handover, logs, succession
+from tokenward import handover, hardening, logs, succession
 from tokenward.assembly import SERVICES, Agent, build, platform, verify_validations
 from tokenward.config import Config, load
 from tokenward.core.audit import Record
@@ -28,7 +28,7 @@ _LOOK_S = 5.0
 """How often the vault is asked how it is."""
 _STEP_S = 1.0
 """And how often while something is wrong, on average."""
-_FIXED = ("trust_domain", "listen", "vault", "audit", "state")
+_FIXED = ("trust_domain", "listen", "limits", "vault", "audit", "state")
 """Sections that a reload cannot replace."""
 
 
@@ -76,6 +76,8 @@ async def run(config: Config, *, life: Life, signer: Signer | None = None) -> No
                 tasks.create_task(_watch_health(agent), name="health"),
                 tasks.create_task(_reload_when_told(agent, life), name="reload"),
                 tasks.create_task(agent.operations.finish(), name="left over"),
+                tasks.create_task(hardening.give_back_memory(), name="memory"),
+                tasks.create_task(_feed_watchdog(), name="watchdog"),
             ]
             if agent.admin is not None:
                 background.append(tasks.create_task(agent.admin.door.serve(), name="admin door"))
@@ -184,7 +186,7 @@ async def _watch_health(agent: Agent) -> None:
 
     Looks more often while something is wrong: what waits for the vault is tried again as soon as it is seen to be back.
     """
-    said = ""
+    said, told = "", None
     looked_at = float("-inf")
     while True:
         now = asyncio.get_running_loop().time()
@@ -196,6 +198,9 @@ async def _watch_health(agent: Agent) -> None:
                 _log.warning("not ready: %s", trouble)
             elif said and not trouble:
                 _log.info("ready again")
+            if trouble != told:
+                handover.notify(f"STATUS=not ready: {trouble}" if trouble else "STATUS=ready")
+                told = trouble
             if in_doubt and not trouble:
                 agent.broker.encourage()
             said = trouble
@@ -203,6 +208,14 @@ async def _watch_health(agent: Agent) -> None:
             for service in ("", *SERVICES):
                 await agent.health.set(service, status)
         await asyncio.sleep(_STEP_S * random.uniform(0.5, 1.5))  # noqa: S311 -- no secret
+
+
+async def _feed_watchdog() -> None:
+    """Shows the service manager that the event loop goes round, for which it must be fed from there."""
+    limit_s = handover.watchdog_s()
+    while limit_s is not None:
+        handover.notify("WATCHDOG=1")
+        await asyncio.sleep(limit_s / 3)
 
 
 async def _trouble(agent: Agent) -> str:

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from tokenward import daemon
+from tokenward import daemon, hardening
 from tokenward.client import AsyncClient
 from tokenward.config import Config, load
+from tokenward.core.secret import Secret
 from tokenward.errors import Reason, TokenwardError
 from tokenward.vault import setup
 from tokenward.vault.client import VaultClient, VaultRequest
@@ -123,6 +124,7 @@ async def run(directory: str, *, as_json: bool) -> None:
     Raises:
         TokenwardError: something is missing (the `dev` extra), or the directory is not ours or in use.
     """
+    hardening.protect()  # what it could not have matters little here
     life = daemon.Life()
     life.obey_signals()
     with _claimed(directory) as place:
@@ -151,7 +153,7 @@ async def _set_up(config: Config, signer: Signer, vault: EmbeddedVault) -> None:
     try:
         steps = setup.plan(config, public_key_pem=signer.public_pem())
         await setup.apply(client, vault.admin_token, steps)
-        secret = {"data": {"api_key": f"demo-{secrets.token_urlsafe(24)}"}}
+        secret = {"data": {"api_key": Secret(f"demo-{secrets.token_urlsafe(24)}")}}
         await client.call(VaultRequest("POST", "demo/data/api", secret), into=NoData, auth=vault.admin_token)
         await setup.revoke_admin(client, vault.admin_token)
     finally:
@@ -192,13 +194,15 @@ def _claimed(directory: str) -> Iterator[Place]:
     """The directory, made or found to be ours, locked against a second dev agent; emptied of our things at the end."""
     made = False
     with suppress(FileExistsError):
-        os.mkdir(directory, 0o755)
+        os.mkdir(directory)
         made = True
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         found = os.fstat(fd)
         if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
             raise _unusable(f"{directory} must be your own and writable by nobody else; choose another with --dir")
+        if made:
+            os.fchmod(fd, 0o755)  # whatever the umask: others may reach the socket, and are refused there
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -57,6 +57,17 @@ def notify(*lines: str) -> None:
         )
 
 
+def watchdog_s() -> float | None:
+    """How long the manager goes without `WATCHDOG=1` before it takes us for stuck; None where it does not watch us.
+
+    Follows sd_watchdog_enabled(3): the variables may be meant for a parent that passed its environment on.
+    """
+    pid, usec = os.environ.get("WATCHDOG_PID", ""), os.environ.get("WATCHDOG_USEC", "")
+    if pid not in {"", str(os.getpid())} or not (usec.isascii() and usec.isdecimal()):
+        return None
+    return int(usec) / 1_000_000 or None
+
+
 def reloading() -> None:
     """Tells the manager that a reload begins; `notify("READY=1")` ends it."""
     notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")

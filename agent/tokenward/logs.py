@@ -8,8 +8,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-_NOISY = ("asyncio", "grpc", "hvac", "requests", "urllib3")
-"""Libraries whose debug lines describe every byte that passes."""
+_OURS = "tokenward"
 
 
 class _JsonFormatter(logging.Formatter):
@@ -26,12 +25,15 @@ class _JsonFormatter(logging.Formatter):
 
 
 def configure(level: str, *, form: str = "text") -> None:
-    """Lines to stderr at `level` and above, as text or as JSON."""
+    """Lines to stderr at `level` and above, as text or as JSON.
+
+    Debug lines are ours alone: those of libraries describe what passes through them.
+    """
     handler = logging.StreamHandler(sys.stderr)
     if form == "json":
         handler.setFormatter(_JsonFormatter())
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    for name in _NOISY:
-        logging.getLogger(name).setLevel(max(logging.INFO, logging.getLogger().level))
+    logging.getLogger(_OURS).setLevel(logging.getLogger().level)
+    logging.getLogger().setLevel(max(logging.INFO, logging.getLogger().level))

@@ -2,7 +2,7 @@
 
 Refreshes keep to a budget of vault calls per second, the most urgent first, so that what has gathered during an outage
 is no storm when the vault is back. Callers who wait for a value, and revocations, are not held up: they only leave less
-for refreshes.
+for refreshes. Nor is a value that is about to end: to be ahead of expiry comes before the budget.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Refresher:
         started = 0
         for task in self._store.due(now, self._watchers.watched):
             match task:
-                case Refresh(key) if started < room:
+                case Refresh(key, urgent) if urgent or started < room:
                     started += 1
                     self._broker.renew(key)
                 case Refresh():

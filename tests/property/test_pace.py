@@ -39,6 +39,14 @@ def test_the_calls_of_others_count_and_there_is_room_again_when_it_was_said(
             assert pace.room(now, calls) >= 1
 
 
+def test_a_burst_of_others_delays_by_two_seconds_at_most() -> None:
+    pace = Pace(10)
+    pace.room(0, 0)
+    assert pace.room(1, 1_000_000) == 0
+    assert pace.wait_s() == pytest.approx(1.1)
+    assert pace.room(3, 1_000_000) == 10
+
+
 def test_a_step_that_starts_nothing_costs_nothing() -> None:
     pace = Pace(10)
     assert [pace.room(0, 0) for _ in range(5)] == [10] * 5

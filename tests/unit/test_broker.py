@@ -572,3 +572,25 @@ async def test_refreshes_keep_to_the_budget_and_what_waits_is_done_later(bench: 
         done.append(bench.issuers.made)
         bench.clock.advance(1)
     assert done == [14, 18, 20]
+
+
+async def test_a_value_that_is_about_to_end_does_not_wait_for_the_budget(bench: Bench) -> None:
+    await bench.get()
+    calls = 0
+    refresher = Refresher(
+        store=bench.store,
+        broker=bench.broker,
+        watchers=bench.watchers,
+        clock=bench.clock,
+        rate=1.0,
+        calls=lambda: calls,
+    )
+    refresher.step()
+    made = []
+    for at in (51, 70, 90, 95):
+        bench.clock.advance(at - bench.clock.now().mono)
+        calls += 1000  # callers' own
+        refresher.step()
+        await settle()
+        made.append(bench.issuers.made)
+    assert made == [1, 1, 1, 2]

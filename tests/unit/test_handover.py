@@ -402,3 +402,24 @@ def test_a_manager_without_a_store_is_noticed(manager: Manager, systemctl: Path)
     assert manager.store == []
     runs(systemctl, "echo 1")
     assert handover.offer(DATA)
+
+
+@pytest.mark.parametrize(
+    ("pid", "usec", "limit_s"),
+    [
+        ("{own}", "20000000", 20.0),
+        ("", "500000", 0.5),
+        ("1", "20000000", None),  # meant for another process, whose environment we have
+        ("{own}", "", None),
+        ("{own}", "0", None),
+        ("{own}", "-1", None),
+        ("{own}", "soon", None),
+        ("{own}", "\u0661", None),  # a digit, and none that systemd would write
+    ],
+)
+def test_the_watchdogs_limit_is_read_from_the_environment(
+    pid: str, usec: str, limit_s: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_PID", pid.format(own=os.getpid()))
+    monkeypatch.setenv("WATCHDOG_USEC", usec)
+    assert handover.watchdog_s() == limit_s

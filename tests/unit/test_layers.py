@@ -13,11 +13,12 @@ OF_THE_WORLD = {"asyncio", "socket", "os", "time", "random", "logging", "grpc", 
 # Each room may use those below it, and its own.
 LADDER = (
     {"errors", "core"},
-    {"clock", "v1", "logs"},
+    {"clock", "v1", "logs", "hardening", "health"},
     {"config", "auditlog", "attest", "client"},
     {"vault", "revoker", "handover", "statefile", "presence"},
     {"watchers", "validation"},
     {"issuers"},
+    {"fetcher"},
     {"broker"},
     {"operations"},
     {"serve", "refresher"},

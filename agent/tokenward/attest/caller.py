@@ -8,12 +8,17 @@ workloads that are configured now; and one connection never becomes another work
     another executable than the one attested                attest anew
     the same workload as before                             go on
     another workload, or none                               IDENTITY_CHANGED
+
+An attestation reads files and asks the user database, in threads: `Turns` bounds how many do at a time, so that a user
+whose callers flood, or whose executables are slow to read, keeps to its half and its turn.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from tokenward.attest import procfs
@@ -23,11 +28,13 @@ from tokenward.attest.procfs import Executable
 from tokenward.core.identity import Selector
 from tokenward.core.model import Attestation, Workload
 from tokenward.core.policy import Ambiguous, CouldNotTell, Matched, Unmatched, decide
-from tokenward.errors import AttestationError, DeniedError, Reason, TokenwardError
+from tokenward.errors import AttestationError, DeniedError, Reason, TokenwardError, UnavailableError
 
 _TRIES = 3
 _MAX_SHOWN = 20
 _MAX_SHOWN_CHARS = 1000
+_TURN_S = 5.0
+"""How long an attestation waits for its turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +53,88 @@ class _Proof:
     begun_mono: float
 
 
+class Turns:
+    """At most `most` attestations at a time, at most half of them for one uid, and of those that wait each uid's in
+    turn: first come, first served holds within a uid only."""
+
+    def __init__(self, *, most: int) -> None:
+        self._most = most
+        self._most_of_one = max(1, most // 2)
+        self._taken: Counter[int] = Counter()
+        self._waiting: dict[int, deque[asyncio.Future[None]]] = {}
+        """By uid, the one whose turn is next first."""
+
+    @asynccontextmanager
+    async def turn(self, uid: int) -> AsyncIterator[None]:
+        """One attestation of `uid`. Raises UnavailableError (RATE_LIMITED) when its turn does not come in time."""
+        await self._begin(uid)
+        try:
+            yield
+        finally:
+            self._end(uid)
+
+    async def _begin(self, uid: int) -> None:
+        if uid not in self._waiting and self._may(uid):
+            self._taken[uid] += 1
+            return
+        called: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(uid, deque()).append(called)
+        try:
+            async with asyncio.timeout(_TURN_S):
+                await called
+        except TimeoutError:
+            self._withdraw(uid, called)
+            raise UnavailableError(
+                Reason.RATE_LIMITED, "too many processes are being attested; come back after the delay", retry_after_s=1
+            ) from None
+        except BaseException:
+            self._withdraw(uid, called)
+            raise
+
+    def _withdraw(self, uid: int, called: asyncio.Future[None]) -> None:
+        if called.done() and not called.cancelled():  # its turn came at this very moment
+            self._end(uid)
+        elif called in (waiting := self._waiting.get(uid, deque())):
+            waiting.remove(called)
+            if not waiting:
+                del self._waiting[uid]
+
+    def _end(self, uid: int) -> None:
+        self._taken[uid] -= 1
+        if not self._taken[uid]:
+            del self._taken[uid]
+        for candidate in list(self._waiting):
+            if self._may(candidate) and self._call(candidate):
+                return
+
+    def _call(self, uid: int) -> bool:
+        """Whether there was one of `uid` to call; who was cancelled a moment ago is in the queue still."""
+        waiting = self._waiting.pop(uid)
+        while waiting:
+            called = waiting.popleft()
+            if called.done():
+                continue
+            if waiting:
+                self._waiting[uid] = waiting  # behind the other uids
+            self._taken[uid] += 1
+            called.set_result(None)
+            return True
+        return False
+
+    def _may(self, uid: int) -> bool:
+        return self._taken.total() < self._most and self._taken[uid] < self._most_of_one
+
+
 class Caller:
     """One connection's caller. `peer` stays the front door's to close."""
 
-    __slots__ = ("_attestor", "_first", "_flight", "_proof", "peer")
+    __slots__ = ("_attestor", "_first", "_flight", "_proof", "_turns", "peer")
 
-    def __init__(self, *, peer: Peer, attestor: Attestor) -> None:
+    def __init__(self, *, peer: Peer, attestor: Attestor, turns: Turns | None = None) -> None:
+        """`turns` is shared by all callers; without it this one waits for nobody."""
         self.peer = peer
         self._attestor = attestor
+        self._turns = turns or Turns(most=2)
         self._proof: _Proof | None = None
         self._flight: asyncio.Task[_Proof] | None = None
         self._first: Workload | None = None
@@ -67,6 +148,7 @@ class Caller:
         Raises:
             DeniedError: NO_MATCHING_WORKLOAD, AMBIGUOUS_WORKLOAD, IDENTITY_CHANGED or PEER_GONE.
             AttestationError: something that a workload needs could not be read.
+            UnavailableError: RATE_LIMITED, others are being attested.
         """
         for _ in range(_TRIES):
             if (attested := self._still_proved(now_mono)) is not None:
@@ -96,7 +178,8 @@ class Caller:
         return None
 
     async def _prove(self, now_mono: float) -> _Proof:
-        examined = await self._attestor.examine(self.peer)
+        async with self._turns.turn(self.peer.uid):
+            examined = await self._attestor.examine(self.peer)
         workload = _matched(examined.workloads, examined.attestation, self._first)
         return _Proof(Attested(workload, examined.attestation), examined.executable, examined.generation, now_mono)
 

@@ -51,6 +51,8 @@ class Values(Mapping[str, str]):
     def __reduce__(self) -> NoReturn:
         raise TypeError("the values of a credential are never pickled; give the other process its own client")
 
+    __getstate__ = __reduce__  # object's own hands out the slots, for whoever copies by itself
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreviousValues:

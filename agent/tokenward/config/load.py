@@ -7,7 +7,7 @@ sections to `form`, and policies and workloads to `workloads`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from tokenward.config import values
@@ -23,6 +23,7 @@ from tokenward.config.sections import (
     JwtLogin,
     KubernetesLogin,
     Leases,
+    Limits,
     Listen,
     Log,
     Login,
@@ -33,10 +34,13 @@ from tokenward.config.sections import (
 )
 from tokenward.config.toml_lines import Table, read
 from tokenward.config.workloads import WorkloadReader
+from tokenward.core.model import PlatformJwt
 from tokenward.errors import ConfigError, Problem
+from tokenward.hardening import flaw_of
 
 LOGINS: tuple[type[Login], ...] = (JwtLogin, KubernetesLogin, CertLogin, AppRoleLogin, TokenLogin)
 LOGIN_KEYS: Mapping[type[Login], frozenset[str]] = {cls: keys_of(cls) | {"method"} for cls in LOGINS}
+_LOGIN_FILES = ("token_file", "cert_file", "key_file", "wrapped_secret_id_file")
 
 _MAX_FILE_BYTES = 1 << 20
 _ATTEMPTS = 3
@@ -47,17 +51,24 @@ _HAVE_NAMES = frozenset({"policies", "workloads", "credentials"})
 def load(path: str) -> Config:
     """The configuration in `path` and in every `*.toml` of `conf.d` beside it, in order of name.
 
-    Reads these files and nothing else. Raises ConfigError with all mistakes.
+    Reads these files and nothing else; of the files that it names, it looks at who may write them, and who may read the
+    keys among them. Raises ConfigError with all mistakes.
     """
     problems: list[Problem] = []
     documents: dict[str, str] = {}
     for file in [path, *_drop_ins(path, problems)]:
+        _verify_ours(file, "file", problems)
         text = _text(file, problems)
         if text is not None:
             documents[file] = text
     if problems:
         raise ConfigError(tuple(problems))
-    return replace(parse(documents), source=path)
+    config = parse(documents)
+    for key, file in _files_of(config):
+        _verify_ours(file, key, problems)
+    if problems:
+        raise ConfigError(tuple(problems))
+    return replace(config, source=path)
 
 
 def parse(documents: Mapping[str, str]) -> Config:
@@ -102,6 +113,7 @@ def _config(root: Table) -> Config | None:
     state = fill(root.child("state"), StateFile) or StateFile()
     log = fill(root.child("log"), Log) or Log()
     attestation = fill(root.child("attestation"), AttestationConfig) or AttestationConfig()
+    limits = _limits(root.child("limits"))
     root.report_unknown()
     if environment is None or vault is None:
         return None
@@ -115,6 +127,7 @@ def _config(root: Table) -> Config | None:
         state=state,
         log=log,
         attestation=attestation,
+        limits=limits,
         policies=policies,
         workloads=workloads,
         warnings=(*_vault_warnings(vault_table, vault), *reader.warnings),
@@ -134,6 +147,15 @@ def _listen(table: Table) -> Listen:
         table.report("admin_socket", "is where callers or the agent's own things are; give it a directory of its own")
     made = fill(table, Listen, workload_socket=socket, runtime_dir=runtime_dir, admin_socket=admin)
     return made or Listen()
+
+
+def _limits(table: Table) -> Limits:
+    limits = fill(table, Limits) or Limits()
+    for key in ("connections", "streams", "requests"):
+        most, most_of_one = getattr(limits, key), getattr(limits, f"{key}_per_uid")
+        if most is not None and most_of_one is not None and most_of_one > most:
+            table.report(f"{key}_per_uid", f"expected at most {key} ({most})")
+    return limits
 
 
 def _login(vault: Table) -> Login | None:
@@ -164,10 +186,35 @@ def _vault_warnings(table: Table, vault: Vault) -> list[Problem]:
     return warnings
 
 
+def _files_of(config: Config) -> Iterator[tuple[str, str]]:
+    """Every file that the agent reads because the configuration names it, with its key."""
+    vault = config.vault
+    named = {"vault.ca_file": vault.ca_file, "vault.signing.key_file": vault.signing.key_file if vault.signing else ""}
+    named |= {f"vault.login.{key}": getattr(vault.login, key, "") for key in _LOGIN_FILES}
+    for name, workload in config.workloads.items():
+        if isinstance(workload.exchange, PlatformJwt):
+            named[f"workloads.{name}.exchange.token_file"] = workload.exchange.token_file
+        for credential, grant in workload.grants.items():
+            key = f"workloads.{name}.credentials.{credential}.validate.ca_file"
+            named[key] = grant.validate.ca_file if grant.validate is not None else ""
+    return ((key, file) for key, file in named.items() if file)
+
+
+def _verify_ours(file: str, key: str, problems: list[Problem]) -> None:
+    """Notes when others than root and we may change `file`, or read it where it is a key. What is not there passes."""
+    flaw = flaw_of(file, is_secret=key.endswith(".key_file"))
+    if flaw is None:
+        return
+    problem = Problem(flaw.place, 1, key, flaw.why)
+    if problem not in problems:
+        problems.append(problem)
+
+
 def _drop_ins(path: str, problems: list[Problem]) -> list[str]:
     directory = os.path.join(os.path.dirname(path), "conf.d")
     try:
         found = sorted(os.listdir(directory))
+        _verify_ours(directory, "file", problems)
     except FileNotFoundError:
         return []
     except OSError as error:

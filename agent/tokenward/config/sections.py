@@ -161,6 +161,30 @@ class AttestationConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What callers may take of the agent. A number that is None follows from the machine, see `serve.limits`."""
+
+    connections: int | None = None
+    connections_per_uid: int | None = None
+    streams: int | None = None
+    streams_per_uid: int | None = None
+    requests: int | None = None
+    """In progress at a time, streams not counted."""
+    requests_per_uid: int | None = None
+    request_rate: float = 500.0
+    """Requests per second of one uid; two seconds' worth may come at once."""
+    accept_rate: float = 100.0
+    """Connections per second of one uid, beyond the first `connections_per_uid`."""
+    attestations: int = 4
+    """At a time; one uid has at most half of them."""
+    preface_s: float = 5.0
+    """Time to say what one speaks."""
+    idle_s: float = 300.0
+    max_head_bytes: int = 8 << 10
+    max_message_bytes: int = 64 << 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The whole. The daemon hands each component its own section, never this."""
 
@@ -177,5 +201,6 @@ class Config:
     state: StateFile = field(default_factory=StateFile)
     log: Log = field(default_factory=Log)
     attestation: AttestationConfig = field(default_factory=AttestationConfig)
+    limits: Limits = field(default_factory=Limits)
     warnings: tuple[Problem, ...] = ()
     """What can be used but is probably not meant, for `check`."""

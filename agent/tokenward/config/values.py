@@ -33,6 +33,7 @@ _DURATION_UNITS_S = (86400.0, 3600.0, 60.0, 1.0, 0.001)
 _MOST_S = 366 * 86400.0
 _SIZE = re.compile(r"([0-9]{1,9})(B|KiB|MiB|GiB)", re.ASCII)
 _SIZE_UNITS = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+_MOST = 1_000_000
 _RATE = re.compile(r"([0-9]{1,6})/(s|m)", re.ASCII)
 _FILE_MODE = re.compile(r"0?[0-7]{3}", re.ASCII)
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}", re.ASCII)
@@ -110,6 +111,20 @@ def size(value: object) -> int:
     if found is None or found[1].strip("0") == "":
         raise ValueError('expected a size such as "512B", "64KiB" or "1MiB" (units B, KiB, MiB, GiB)')
     return int(found[1]) * _SIZE_UNITS[found[2]]
+
+
+def head_size(value: object) -> int:
+    """Bytes of a request's head, that must hold what every client sends, and fit into a buffer."""
+    if not 1024 <= (count := size(value)) <= 65536:
+        raise ValueError('expected a size from "1KiB" to "64KiB"')
+    return count
+
+
+def count(value: object) -> int:
+    """How many, at least one."""
+    if not is_number(value) or isinstance(value, float) or not 0 < value <= _MOST:
+        raise ValueError(f"expected a whole number from 1 to {_MOST}")
+    return value
 
 
 def refresh_share(value: object) -> float:

@@ -108,12 +108,14 @@ def digest_of(grant: AnyGrant, workload: Workload, *, vault: str = "") -> str:
 
     Who owns the workload and what for is not in it. `vault` is whatever names the vault that is asked.
     """
+    granted = {"kind": grant.kind, **asdict(grant)}
+    granted["policy"].pop("rate")  # how often one may ask says nothing of the value
     said = {
         "vault": vault,
         "spiffe_id": str(workload.spiffe_id),
         "selectors": sorted(map(str, workload.selectors)),
         "exchange": {"method": workload.exchange.method, **asdict(workload.exchange)},
-        "grant": {"kind": grant.kind, **asdict(grant)},
+        "grant": granted,
     }
     return sha256(msgspec.json.encode(said, order="deterministic")).hexdigest()
 

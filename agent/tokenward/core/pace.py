@@ -11,7 +11,8 @@ class Pace:
     `rate` is in calls per second; a second's worth of them may be made at once.
 
     Whoever starts something is charged one call for it at once, and the calls that were counted meanwhile, by whomever
-    they were made: refreshes make room for callers, never the other way round.
+    they were made: refreshes make room for callers, never the other way round. A burst of callers delays them by two
+    seconds at most; what cannot wait is for whoever asks to decide.
     """
 
     __slots__ = ("_at_mono", "_calls", "_level", "_started", "rate")
@@ -33,7 +34,7 @@ class Pace:
         if self._at_mono is not None:
             earned = (now_mono - self._at_mono) * self.rate
             spent = max(calls - self._calls, self._started)
-            self._level = min(self._burst, self._level - spent + earned)
+            self._level = max(-self._burst, min(self._burst, self._level - spent + earned))
         self._at_mono, self._calls, self._started = now_mono, calls, 0
         return max(0, int(self._level))
 

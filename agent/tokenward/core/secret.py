@@ -39,3 +39,5 @@ class Secret:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Secret is never pickled")
+
+    __getstate__ = __reduce__  # object's own hands out the slots, for whoever copies by itself

@@ -65,9 +65,10 @@ _LAST_PAUSE_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Refresh:
-    """Renew or replace the value of `key` now."""
+    """Renew or replace the value of `key` now; `urgent` when it ends so soon that the attempts can hardly wait."""
 
     key: Key
+    urgent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,13 +328,15 @@ class Store:
         if now.mono < _refresh_mono(entry):
             return
         current = entry.current
+        is_live = current is not None and current.issued.is_live(now)
+        urgent = is_live and _end_mono(entry) - now.mono < self._margin_s
         if key in watched:
             entry.used_mono = now.mono  # being watched is being used
-            yield Refresh(key)
-        elif current is None or not current.issued.is_live(now) or _is_idle(entry, current, now):
+            yield Refresh(key, urgent)
+        elif current is None or not is_live or _is_idle(entry, current, now):
             yield Lapse(key)
         else:
-            yield Refresh(key)
+            yield Refresh(key, urgent)
 
     def _answer(self, key: Key, entry: _Entry, now: Instant) -> Served:
         previous = entry.previous

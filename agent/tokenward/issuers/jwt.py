@@ -15,7 +15,7 @@ import re
 import secrets
 from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import jwt
@@ -81,7 +81,7 @@ class _SigningKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Signed:
-    token: str
+    token: str = field(repr=False)
     key: _SigningKey
     header: Mapping[str, object]
     claims: Mapping[str, object]

@@ -1,6 +1,7 @@
 """What workloads call: who am I, what may I have, the value of one credential, and every change of it.
 
-A handler is five steps: attest, decide, ask the broker, record, convert. No identity comes from a request.
+A handler is five steps: attest, decide, ask the broker, record, convert. No identity comes from a request. What is
+asked for is charged to its policy's rate; an acknowledgement is not: one comes from every watcher of a new value.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tokenward.presence import Presence
 from tokenward.serve import convert
 from tokenward.serve.call import Call
 from tokenward.serve.front_door import FrontDoor
+from tokenward.serve.limits import Turnstile
 from tokenward.v1 import credentials_pb2 as pb
 from tokenward.v1 import credentials_pb2_grpc as rpc
 from tokenward.watchers import State, Watcher, Watchers
@@ -43,23 +45,35 @@ class CredentialService(rpc.CredentialServiceServicer):
         broker: Broker,
         watchers: Watchers,
         presence: Presence,
+        turnstile: Turnstile,
         audit: AuditLog,
         clock: Clock,
     ) -> None:
         self._door = door
+        self._turnstile = turnstile
         self._broker = broker
         self._watchers = watchers
         self._presence = presence
         self._audit = audit
         self._clock = clock
 
-    def _call(self, context: _Context, event: str, credential: str = "") -> Call:
-        return Call(context, event, door=self._door, audit=self._audit, clock=self._clock, credential=credential)
+    def _call(self, context: _Context, event: str, credential: str = "", *, stream: bool = False) -> Call:
+        return Call(
+            context,
+            event,
+            door=self._door,
+            turnstile=self._turnstile,
+            audit=self._audit,
+            clock=self._clock,
+            credential=credential,
+            stream=stream,
+        )
 
     async def GetCredential(self, request: pb.GetCredentialRequest, context: _Context) -> pb.GetCredentialResponse:
         async with self._call(context, "get", request.name) as call:
             attested = await call.attest()
             grant = call.decide(attested, request.name, request.audience)
+            call.charge(attested, grant)
             self._presence.note(attested.workload.name, call.caller.peer)
             served = await self._broker.get(attested.workload, grant, request.audience, timeout_s=call.patience_s())
             call.record(served)
@@ -69,9 +83,10 @@ class CredentialService(rpc.CredentialServiceServicer):
     async def WatchCredentials(
         self, request: pb.WatchCredentialsRequest, context: _Context
     ) -> AsyncIterator[pb.WatchCredentialsResponse]:
-        async with self._call(context, "watch") as call:
+        async with self._call(context, "watch", stream=True) as call:
             attested = await call.attest()
             wanted = _keys(call, attested, request.names)
+            call.charge(attested, *wanted.values())
             with self._watchers.watch(wanted, call.caller) as watcher:
                 told: dict[Key, State] = {}
                 self._presence.note(attested.workload.name, call.caller.peer)
@@ -102,6 +117,7 @@ class CredentialService(rpc.CredentialServiceServicer):
         async with self._call(context, "reject", request.name) as call:
             attested = await call.attest()
             grant = call.decide(attested, request.name, request.audience)
+            call.charge(attested, grant)
             served = await self._broker.look_again(
                 attested.workload, grant, request.audience, request.version, timeout_s=call.patience_s()
             )
@@ -128,13 +144,17 @@ class CredentialService(rpc.CredentialServiceServicer):
 class IdentityService(rpc.IdentityServiceServicer):
     """`tokenward.v1.IdentityService`."""
 
-    def __init__(self, *, door: FrontDoor, audit: AuditLog, clock: Clock) -> None:
+    def __init__(self, *, door: FrontDoor, turnstile: Turnstile, audit: AuditLog, clock: Clock) -> None:
         self._door = door
+        self._turnstile = turnstile
         self._audit = audit
         self._clock = clock
 
     async def GetIdentity(self, request: pb.GetIdentityRequest, context: _Context) -> pb.GetIdentityResponse:
-        async with Call(context, "identity", door=self._door, audit=self._audit, clock=self._clock) as call:
+        call = Call(
+            context, "identity", door=self._door, turnstile=self._turnstile, audit=self._audit, clock=self._clock
+        )
+        async with call:
             attested = await call.attest()
             call.record()
             return pb.GetIdentityResponse(

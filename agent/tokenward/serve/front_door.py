@@ -15,15 +15,18 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import socket
+import struct
 from dataclasses import dataclass
 from typing import NoReturn, Self
 
 from tokenward.attest.attestor import Attestor
-from tokenward.attest.caller import Caller
+from tokenward.attest.caller import Caller, Turns
 from tokenward.attest.peer import peer_of
+from tokenward.core.rates import Rates
 from tokenward.errors import DeniedError, Reason, TokenwardError
-from tokenward.serve.connection import Connection, Roster, Surroundings
+from tokenward.serve.connection import Connection, Intake, Roster, Surroundings
 from tokenward.serve.pump import Readiness
 
 _ACCEPTS_PER_WAKE = 16
@@ -47,6 +50,12 @@ class DoorLimits:
     first_bytes_s: float = 5.0
     """Time to say what one speaks, and to take the answer where that is HTTP; then for grpcio to accept the hop."""
     max_head_bytes: int = 8192
+    accept_rate: float = math.inf
+    """Connections a second of one uid, beyond the first `max_connections_per_uid`."""
+    intake_bytes_per_s: float = math.inf
+    """What one uid may send once it speaks gRPC; more is read later."""
+    max_attestations: int = 4
+    """At a time; one uid has at most half of them."""
 
     @classmethod
     def within(cls, max_descriptors: int) -> Self:
@@ -63,10 +72,13 @@ class FrontDoor:
 
     def __init__(self, *, listener: socket.socket, inner_path: str, attestor: Attestor, limits: DoorLimits) -> None:
         self._listener = listener
-        self._inner_path = inner_path
+        self.inner_path = inner_path
+        """Where grpcio listens, as of when `serve` is called."""
         self._attestor = attestor
         self._limits = limits
         self._roster = Roster()
+        self._accepted: Rates[int] = Rates()
+        self._turns = Turns(most=limits.max_attestations)
         self._around: Surroundings | None = None
         """There while serving."""
         self._accepting = False
@@ -96,7 +108,9 @@ class FrontDoor:
             roster=self._roster,
             readiness=readiness,
             attestor=self._attestor,
-            inner_path=self._inner_path,
+            turns=self._turns,
+            intake=Intake(bytes_per_s=self._limits.intake_bytes_per_s),
+            inner_path=self.inner_path,
             first_bytes_s=self._limits.first_bytes_s,
             max_head_bytes=self._limits.max_head_bytes,
         )
@@ -151,7 +165,22 @@ class FrontDoor:
                     self._pause(error)
                 return
             client.settimeout(0)
+            if self._is_too_fast(client):
+                client.close()
+                return  # and not at once the next one: whoever is in goes first
             self._admit(client)
+
+    def _is_too_fast(self, client: socket.socket) -> bool:
+        """Whether this uid connects too often: asked before anything that costs more than to ask it."""
+        rate, burst = self._limits.accept_rate, self._limits.max_connections_per_uid
+        try:
+            _, uid, _ = struct.unpack("=iII", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        except OSError:
+            return True  # nobody can be told, and nobody is let in
+        if not self._accepted.take(uid, asyncio.get_running_loop().time(), rate=rate, burst=burst):
+            return False
+        self._say("closed a new connection of uid %d: this user makes more than %g a second", uid, rate)
+        return True
 
     def _admit(self, client: socket.socket) -> None:
         try:

@@ -21,6 +21,8 @@ from socket import SHUT_WR, socket
 _EVENTS_PER_WAKE = 128
 """Bounds how long one wake-up keeps the loop from everything else."""
 _BUFFER_BYTES = 64 * 1024
+_REQUEST_BYTES = 1024
+"""Read of a client at once, a dozen requests or two: who pipelines more cannot push others aside."""
 _READABLE = EPOLLIN | EPOLLERR | EPOLLHUP  # reading is how one learns of an error or a hang-up
 _WRITABLE = EPOLLOUT | EPOLLERR | EPOLLHUP
 _BOTH_FLOW = (EPOLLIN, EPOLLIN)
@@ -68,15 +70,17 @@ class Readiness:
 
 
 class _Way:
-    """One direction: `held` is what the sink has not taken yet, `ended` is set when nothing more will pass."""
+    """One direction: `held` is what the sink has not taken yet, `ended` is set when nothing more will pass, `pulled`
+    counts the bytes."""
 
-    __slots__ = ("ended", "held", "sink", "source")
+    __slots__ = ("ended", "held", "pulled", "sink", "source")
 
     def __init__(self, *, source: socket, sink: socket, held: bytes = b"") -> None:
         self.source = source
         self.sink = sink
         self.held = held
         self.ended = False
+        self.pulled = 0
 
     def pull(self, buffer: memoryview) -> bool:
         """Pass on what the source has; True at its end. Raises OSError where it was torn down, which ends both ways."""
@@ -85,6 +89,7 @@ class _Way:
         except BlockingIOError:
             return False
         if count:
+            self.pulled += count
             self._give(buffer[:count])
             return False
         self.ended = True
@@ -110,7 +115,7 @@ class _Way:
 class Hop:
     """Two connected sockets joined: what one sends the other gets, half-closes too. Both are non-blocking."""
 
-    __slots__ = ("_buffer", "_down", "_handlers", "_readiness", "_sockets", "_up", "_watched")
+    __slots__ = ("_buffer", "_down", "_handlers", "_is_paused", "_readiness", "_sockets", "_up", "_watched")
 
     def __init__(self, *, readiness: Readiness, client: socket, inner: socket, first: bytes) -> None:
         self._readiness = readiness
@@ -121,6 +126,18 @@ class Hop:
         self._handlers: tuple[Handler, Handler] | None = None
         self._watched = (0, 0)
         """Events of the client's socket and of the inner one."""
+        self._is_paused = False
+
+    @property
+    def pulled(self) -> int:
+        """Bytes that the client has sent so far, beyond the first ones."""
+        return self._up.pulled
+
+    def pause(self, paused: bool) -> None:  # noqa: FBT001 -- it is all that this says
+        """Read nothing of the client until it is told to go on. What is for the client still passes, and that it hung
+        up is told: whoever pauses it ends it then."""
+        self._is_paused = paused
+        self._watch()
 
     def start(self, on_client: Handler, on_inner: Handler) -> None:
         """Pass `first` on and watch both sockets: their handlers call `client_ready` and `inner_ready`."""
@@ -130,17 +147,17 @@ class Hop:
 
     def client_ready(self, events: int) -> bool:
         """Move what can be moved; True when nothing will pass any more. Raises OSError where a side was torn down."""
-        return self._move(events, self._up, self._down)
+        return self._move(events, self._up, self._down, self._buffer[:_REQUEST_BYTES])
 
     def inner_ready(self, events: int) -> bool:
         """The same for the other side."""
-        return self._move(events, self._down, self._up)
+        return self._move(events, self._down, self._up, self._buffer)
 
-    def _move(self, events: int, leaving: _Way, coming: _Way) -> bool:
+    def _move(self, events: int, leaving: _Way, coming: _Way, buffer: memoryview) -> bool:
         if coming.held and events & _WRITABLE:
             coming.push()
         if not leaving.held and not leaving.ended and events & _READABLE:
-            read_out = leaving.pull(self._buffer)
+            read_out = leaving.pull(buffer)
             if read_out and events & EPOLLHUP:
                 # Read to its end and hung up: this side closed both ways, so what is for it has no taker.
                 coming.ended = True
@@ -152,12 +169,14 @@ class Hop:
     def _watch(self) -> None:
         """Watch for what can be used. Nothing wanted means not watched at all: a hang-up would be told for ever."""
         wanted = (_wanted(self._up, self._down), _wanted(self._down, self._up))
+        if self._is_paused:
+            wanted = (wanted[0] & ~EPOLLIN, wanted[1])
         if wanted == self._watched:
             return
         assert self._handlers is not None
         self._watched = wanted
         for sock, events, handler in zip(self._sockets, wanted, self._handlers, strict=True):
-            if events:
+            if events or (self._is_paused and sock is self._sockets[0]):
                 self._readiness.watch(sock.fileno(), events, handler)
             else:
                 self._readiness.forget(sock.fileno())

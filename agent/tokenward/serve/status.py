@@ -27,6 +27,8 @@ _CODES: dict[type[errors.TokenwardError], grpc.StatusCode] = {
 
 def code_of(error: errors.TokenwardError) -> grpc.StatusCode:
     """The canonical code for `error`."""
+    if error.reason is errors.Reason.RATE_LIMITED:
+        return grpc.StatusCode.RESOURCE_EXHAUSTED
     return next(_CODES[cls] for cls in type(error).__mro__ if cls in _CODES)
 
 

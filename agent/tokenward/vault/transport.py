@@ -16,7 +16,7 @@ import re
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import quote, urlencode
 
 import urllib3
@@ -38,7 +38,7 @@ class Answer:
     """A complete HTTP answer. `retry_after` and `index` are headers, empty when absent."""
 
     status: int
-    body: bytes
+    body: bytes = field(repr=False)
     retry_after: str = ""
     index: str = ""
 

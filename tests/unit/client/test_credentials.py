@@ -80,6 +80,8 @@ def test_values_are_not_serialized_by_accident() -> None:
         pickle.dumps(credential())
     with pytest.raises(TypeError, match="never pickled"):
         copy.deepcopy(values)
+    with pytest.raises(TypeError, match="never pickled"):
+        values.__getstate__()
 
 
 def test_values_are_read_only() -> None:

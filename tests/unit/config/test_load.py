@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from tokenward.config import (
     CertLogin,
     JwtLogin,
     KubernetesLogin,
+    Limits,
     Signing,
     TokenLogin,
     load,
@@ -236,6 +239,104 @@ def test_every_unreadable_file_is_reported(tmp_path: Path) -> None:
     ]
 
 
+def test_a_drop_in_directory_that_others_may_write_is_said_once(tmp_path: Path) -> None:
+    """Sticky or not: what others add there would be obeyed."""
+    main, drop_ins = tmp_path / "tokenward.toml", tmp_path / "conf.d"
+    main.write_text(BASE)
+    drop_ins.mkdir()
+    for name in ("a.toml", "b.toml"):
+        (drop_ins / name).write_text("")
+    for mode in (0o777, 0o1777):
+        drop_ins.chmod(mode)
+        with pytest.raises(ConfigError) as caught:
+            load(str(main))
+        (problem,) = caught.value.problems
+        assert (problem.file, problem.line, problem.key) == (str(drop_ins), 1, "file")
+        assert f"{mode:04o}" in problem.expected
+    drop_ins.chmod(0o755)
+    (drop_ins / "b.toml").chmod(0o666)
+    with pytest.raises(ConfigError) as caught:
+        load(str(main))
+    assert [one.file for one in caught.value.problems] == [str(drop_ins / "b.toml")]
+
+
+NAMED = """\
+trust_domain = "acme.example"
+environment = { name = "test", vault_paths = ["secret"] }
+vault.addresses = ["https://vault"]
+vault.ca_file = "/D/ca"
+vault.signing.key_file = "/D/signing"
+vault.login = { LOGIN }
+[workloads.pod]
+selectors = ["unix:uid:1"]
+exchange = { method = "platform_jwt", token_file = "/D/projected" }
+[workloads.pod.credentials.key]
+kind = "kv"
+path = "secret/a"
+validate = { http = "https://api", value = "{key}", ca_file = "/D/api" }
+"""
+LOGINS = {
+    "jwt": {"token_file": "/D/token"},
+    "cert": {"cert_file": "/D/cert", "key_file": "/D/key"},
+    "approle": {"role_id": "r", "wrapped_secret_id_file": "/D/wrapped"},
+    "token": {"token_file": "/D/token"},
+}
+EVERYWHERE = {
+    "vault.ca_file": "ca",
+    "vault.signing.key_file": "signing",
+    "workloads.pod.exchange.token_file": "projected",
+    "workloads.pod.credentials.key.validate.ca_file": "api",
+}
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that others can enter; those of pytest are closed to them, which protects any key."""
+    with tempfile.TemporaryDirectory(prefix="tw-load-") as made:
+        Path(made).chmod(0o755)
+        yield Path(made)
+
+
+def configured(place: Path, method: str) -> str:
+    role = {} if method in {"approle", "token"} else {"role": "r"}
+    login = ", ".join(f'{key} = "{value}"' for key, value in ({"method": method} | role | LOGINS[method]).items())
+    main = place / "tokenward.toml"
+    main.write_text(NAMED.replace("LOGIN", login).replace("/D/", f"{place}/"))
+    main.chmod(0o644)
+    return str(main)
+
+
+@pytest.mark.parametrize("method", LOGINS)
+def test_every_file_that_is_named_must_be_for_us_alone_to_write(place: Path, method: str) -> None:
+    files = EVERYWHERE | {
+        f"vault.login.{key}": path.removeprefix("/D/") for key, path in LOGINS[method].items() if path.startswith("/D/")
+    }
+    main = configured(place, method)
+    load(main)  # none of them is there yet
+    for name in files.values():
+        (place / name).write_text("")
+        (place / name).chmod(0o622)
+    with pytest.raises(ConfigError) as caught:
+        load(main)
+    found = {(one.key, one.file) for one in caught.value.problems}
+    assert found == {(key, str(place / name)) for key, name in files.items()}
+    for name in files.values():
+        (place / name).chmod(0o600)
+    load(main)
+
+
+def test_keys_alone_must_be_for_us_alone_to_read(place: Path) -> None:
+    """A CA is public, and tokens that a kubelet projects can be read by every user of the container."""
+    main = configured(place, "cert")
+    for name in ("ca", "signing", "projected", "api", "cert", "key"):
+        (place / name).write_text("")
+        (place / name).chmod(0o644)
+    with pytest.raises(ConfigError) as caught:
+        load(main)
+    assert {one.key for one in caught.value.problems} == {"vault.signing.key_file", "vault.login.key_file"}
+    assert all("chmod go-r" in one.expected for one in caught.value.problems)
+
+
 # -- every mistake at once ------------------------------------------------------------------------------------------
 
 
@@ -294,7 +395,9 @@ def test_a_syntax_error_is_reported_alone_since_it_hides_what_is_missing() -> No
     assert [one.partition(": ")[0] for one in found] == [":2 syntax", ":3 syntax", "other:1 syntax"]
 
 
-@pytest.mark.parametrize("section", ["environment", "listen", "vault", "audit", "log", "attestation", "policies"])
+@pytest.mark.parametrize(
+    "section", ["environment", "listen", "vault", "audit", "log", "attestation", "limits", "policies"]
+)
 def test_a_section_that_is_not_a_table_is_one_problem(section: str) -> None:
     lines = [line for line in BASE.splitlines() if not line.startswith(section)]
     found = problems_of("\n".join([f"{section} = 3", *lines]))
@@ -320,9 +423,38 @@ def test_a_key_of_another_login_says_which_login_has_it() -> None:
     assert problems_of(text) == [":5 vault.login.role_id: is a key of method 'approle', not of 'jwt'"]
 
 
-def test_an_option_that_would_do_nothing_yet_is_unknown() -> None:
-    found = problems_of(f"{BASE}[policies.default]\nrate = '50/s'\n")
-    assert [one.partition("; ")[0] for one in found] == [":7 policies.default.rate: unknown key"]
+def test_a_policy_may_have_a_rate_that_is_no_part_of_what_a_value_is() -> None:
+    """Or every value would end when it is changed."""
+    policy = parse({"": f"{BASE}[policies.default]\nrate = '30/m'\n"}).policies["default"]
+    assert policy.rate == 0.5
+    assert policy == parse({"": BASE}).policies["default"]
+    assert problems_of(f"{BASE}[policies.default]\nrate = 50\n") == [
+        ':7 policies.default.rate: expected a rate such as "10/s" or "30/m"'
+    ]
+
+
+def test_limits_that_are_not_set_are_left_to_the_machine() -> None:
+    assert parse({"": BASE}).limits == Limits()
+    limits = parse({"": BASE + '[limits]\nconnections = 10\nrequest_rate = "5/s"\nidle = "1m"\n'}).limits
+    assert limits == Limits(connections=10, request_rate=5.0, idle_s=60.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("connections = 0", "connections: expected a whole number from 1 to 1000000"),
+        ("streams = 1.5", "streams: expected a whole number from 1 to 1000000"),
+        ("requests = true", "requests: expected a whole number from 1 to 1000000"),
+        ('attestations = "4"', "attestations: expected a whole number from 1 to 1000000"),
+        ("request_rate = 5", 'request_rate: expected a rate such as "10/s" or "30/m"'),
+        ('max_head = "100B"', 'max_head: expected a size from "1KiB" to "64KiB"'),
+        ('idle = "10ms"', "idle: expected a duration from 1s to 366d"),
+        ("streams = 5\nstreams_per_uid = 6", "streams_per_uid: expected at most streams (5)"),
+    ],
+)
+def test_what_is_no_limit(line: str, problem: str) -> None:
+    at = 7 + line.count("\n")
+    assert problems_of(f"{BASE}[limits]\n{line}\n") == [f":{at} limits.{problem}"]
 
 
 def test_the_admin_socket_is_in_a_directory_of_its_own() -> None:
@@ -437,6 +569,7 @@ WITH_UNKNOWN_KEY = {
     "[state]": BASE + "[state]\nzzz = 1\n",
     "[log]": BASE + "[log]\nzzz = 1\n",
     "[attestation]": BASE + "[attestation]\nzzz = 1\n",
+    "[limits]": BASE + "[limits]\nzzz = 1\n",
     "[policies.NAME]": BASE + "[policies.a]\nzzz = 1\n",
     "[workloads.NAME]": in_workload("zzz = 1\n"),
     **{
