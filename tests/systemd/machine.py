@@ -1,7 +1,8 @@
 """A machine with a systemd of its own, for tests: the host's /usr, everything else new.
 
 Boots systemd-nspawn in 0.3 s on a directory that has an /etc of ours and the host's /usr, read-only; no image is made
-or fetched. The interpreter that runs the tests, its packages and tokenward are mounted read-only below /opt.
+or fetched. The interpreter that runs the tests, its packages and tokenward are mounted read-only below /opt: the agent
+runs from there, unless the machine is booted bare, to install it.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ import tokenward
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = ROOT / "systemd"
-AGENT_UID, APP_UID = 990, 1001
+AGENT_UID, APP_UID, OTHER_UID = 990, 1001, 1002
 _UP_S = 60.0
 
 _PASSWD = f"""\
 root:x:0:0:root:/root:/bin/sh
 messagebus:x:980:980::/nonexistent:/usr/sbin/nologin
-tokenward:x:{AGENT_UID}:{AGENT_UID}::/nonexistent:/usr/sbin/nologin
 app:x:{APP_UID}:{APP_UID}::/nonexistent:/usr/sbin/nologin
+other:x:{OTHER_UID}:{OTHER_UID}::/nonexistent:/usr/sbin/nologin
 nobody:x:65534:65534::/nonexistent:/usr/sbin/nologin
 """
-_GROUP = f"root:x:0:\nmessagebus:x:980:\ntokenward:x:{AGENT_UID}:\napp:x:{APP_UID}:\nnogroup:x:65534:\n"
+_GROUP = f"root:x:0:\nmessagebus:x:980:\napp:x:{APP_UID}:\nother:x:{OTHER_UID}:\nnogroup:x:65534:\n"
+_AGENT = f"tokenward:x:{AGENT_UID}:{AGENT_UID}::/nonexistent:/usr/sbin/nologin\n"
+_AGENT_GROUPS = f"tokenward:x:{AGENT_UID}:\ntokenward-admin:x:{AGENT_UID + 1}:\n"
 _RUN = """\
 #!/bin/sh
 export LD_LIBRARY_PATH=/opt/python/lib PYTHONHOME=/opt/python PYTHONPATH=/opt/agent:/opt/packages
@@ -70,14 +73,18 @@ def children(pid: int) -> list[int]:
 
 
 class Machine:
-    """Booted within the block. `etc` adds files by their path below /etc, `shared` directories by where they appear."""
+    """Booted within the block. `etc` adds files by their path below /etc, `shared` directories by where they appear.
 
-    def __init__(self, *, etc: Mapping[str, str], shared: Mapping[str, Path]) -> None:
+    A `bare` one knows nothing of tokenward: it has the units where a checkout would be, in /root/tokenward.
+    """
+
+    def __init__(self, *, etc: Mapping[str, str], shared: Mapping[str, Path], bare: bool = False) -> None:
         self.directory = Path(tempfile.gettempdir(), f"tokenward-{secrets.token_hex(8)}")  # a machine's name, too
         self.directory.mkdir()
         self.root = self.directory / "root"
         """All that the machine can write to a disk."""
         self._shared = shared
+        self._bare = bare
         self._cgroups = [path / self.directory.name for path in _hierarchies()]
         self._nspawn: subprocess.Popen[bytes] | None = None
         self._init = 0
@@ -106,11 +113,28 @@ class Machine:
         assert done.returncode == 0 or not check, f"{command}: {done.stderr}{done.stdout}\n{self.journal()}"
         return done.stdout
 
+    def run_shell(self, script: str, *, given: str = "") -> str:
+        """Runs a shell script as a login of root would, in /root/tokenward; returns what it printed."""
+        path = "PATH=/opt/python/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        login = ("env", "-i", "--chdir=/root/tokenward", path, "HOME=/root")
+        return self.run(*login, "sh", "-eu", "-c", script, given=given)
+
     def start_app(self, program: str) -> subprocess.Popen[str]:
         """A Python program of the user `app`, with tokenward to import."""
         user = ("setpriv", f"--reuid={APP_UID}", f"--regid={APP_UID}", "--clear-groups")
         return subprocess.Popen(
             [*self._inside(), *user, "/usr/local/bin/interpreter", "-c", program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def start_unit(self, program: str, *, uid: int = APP_UID) -> subprocess.Popen[str]:
+        """The same as a unit of systemd's: other processes that are started from outside are in none."""
+        run = ("systemd-run", "--quiet", "--pipe", "--wait", "--collect", f"--uid={uid}", f"--gid={uid}")
+        return subprocess.Popen(
+            [*self._inside(), *run, "/usr/local/bin/interpreter", "-c", program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -143,9 +167,12 @@ class Machine:
         for name in ("bin", "lib", "lib64", "sbin"):
             if Path("/", name).is_symlink():
                 (self.root / name).symlink_to(f"usr/{name}")
-        for unit in UNITS.iterdir():
-            shutil.copy(unit, self.root / "etc/systemd/system")
+        shutil.copytree(UNITS, self.root / "root/tokenward/systemd")
         own = {"passwd": _PASSWD, "group": _GROUP, "machine-id": os.urandom(16).hex() + "\n"}
+        if not self._bare:
+            own |= {"passwd": _PASSWD + _AGENT, "group": _GROUP + _AGENT_GROUPS}
+            for unit in (path for path in UNITS.iterdir() if path.is_file()):
+                shutil.copy(unit, self.root / "etc/systemd/system")
         for name, text in {**own, "os-release": "ID=test\n", **etc}.items():
             path = self.root / "etc" / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +180,8 @@ class Machine:
         programs = self.directory / "local/bin"
         programs.mkdir(parents=True)
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        for name, arguments in (("tokenward", "-m tokenward.cli"), ("interpreter", "")):
+        wrapped = {"interpreter": ""} if self._bare else {"interpreter": "", "tokenward": "-m tokenward.cli"}
+        for name, arguments in wrapped.items():
             (programs / name).write_text(_RUN.format(version=version, arguments=arguments))
             (programs / name).chmod(0o755)
         for path in (self.directory, self.root, self.directory / "local", programs):
@@ -162,7 +190,6 @@ class Machine:
     def _boot(self) -> None:
         mounted = {
             "/usr": Path("/usr"),
-            "/usr/local": self.directory / "local",
             "/opt/python": Path(sys.base_prefix),
             "/opt/packages": Path(sysconfig.get_path("purelib")),
             "/opt/agent": Path(tokenward.__file__).parents[1],
@@ -183,6 +210,7 @@ class Machine:
             f"--machine={self.directory.name}",
             f"--directory={self.root}",
             *(f"--bind-ro={source}:{target}" for target, source in mounted.items()),
+            f"--bind={self.directory / 'local'}:/usr/local",
             *(f"--bind={source}:{target}" for target, source in self._shared.items()),
             "--boot",
         ]
