@@ -29,7 +29,7 @@ from tokenward.core.secret import Secret
 
 BYSTANDER, LOUD, HELD, STRANGER = 4201, 4202, 4203, 4242
 FULL = os.environ.get("TOKENWARD_ATTACKS") == "full"
-SECONDS = 10.0 if FULL else 2.5
+SECONDS = 10.0 if FULL else 1.5
 CONNECTIONS = 10_000 if FULL else 2_000
 LEAST_S = 0.3
 ROOT = Path(__file__).parents[2]

@@ -103,6 +103,11 @@ class Node(EmbeddedVault):
         """Starts it without waiting for it."""
         self._spawn()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it died by itself."""
+        return self._process is None or self._process.poll() is not None
+
     def kill(self) -> None:
         """As a crash: SIGKILL, and nobody cleans up after it."""
         os.kill(self.pid, signal.SIGKILL)

@@ -306,9 +306,9 @@ def measured(
     fault: AbstractContextManager[object],
     *,
     callers: Callers | None = None,
-    before_s: float = 3.0,
-    fault_s: float = 4.0,
-    after_s: float = 3.0,
+    before_s: float = 2.5,
+    fault_s: float = 3.5,
+    after_s: float = 2.5,
 ) -> Report:
     """Runs an agent and its callers, lets `fault` happen, and stops the agent; prints the table's line."""
     callers = callers or Callers(rig.socket, rig.setup.names)
