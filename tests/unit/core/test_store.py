@@ -381,3 +381,12 @@ def test_the_back_off_leaves_room_for_another_attempt_before_the_value_ends() ->
     limited = VaultUnavailableError(Reason.VAULT_RATE_LIMITED, "slow", retry_after_s=9)
     store.fail(KEY, limited, draw=1.0, now=instant(90))
     assert store.next_due_mono() == 99, "what the vault asks for is obeyed all the same"
+
+
+def test_a_flight_that_came_to_nothing_leaves_what_is_held_and_can_begin_again() -> None:
+    store = holding(issued(lifetime_s=100))
+    store.begin(KEY)
+    store.abort(KEY)
+    assert store.keys == {KEY}
+    assert not hit(store, 60).stale
+    assert store.begin(KEY)
