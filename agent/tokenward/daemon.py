@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from grpc_health.v1 import health_pb2
 
-from tokenward import handover, hardening, logs, succession
+from tokenward import handover, logs, succession
 from tokenward.assembly import SERVICES, Agent, build, platform, verify_validations
 from tokenward.config import Config, load
 from tokenward.core.audit import Record
@@ -76,7 +76,6 @@ async def run(config: Config, *, life: Life, signer: Signer | None = None) -> No
                 tasks.create_task(_watch_health(agent), name="health"),
                 tasks.create_task(_reload_when_told(agent, life), name="reload"),
                 tasks.create_task(agent.operations.finish(), name="left over"),
-                tasks.create_task(hardening.give_back_memory(), name="memory"),
                 tasks.create_task(_feed_watchdog(), name="watchdog"),
             ]
             if agent.admin is not None:

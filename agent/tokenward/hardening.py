@@ -10,7 +10,6 @@ Follows prctl(2), mlockall(2), core(5), ptrace(2) section "Ptrace access mode ch
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import os
@@ -21,7 +20,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NoReturn
 
 from tokenward.errors import Reason, TokenwardError
 
@@ -32,11 +30,6 @@ _PR_SET_PTRACER = 0x59616D61
 _MCL_ALL = 1 | 2 | 4
 """MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT: without the last one the stacks of all threads would become resident."""
 
-_M_ARENA_MAX = -8
-_ARENAS = 2
-"""Heaps of the C library: one for each core's threads, as it does by itself, keeps the most that a flood ever took."""
-_LOOK_EVERY_S = 5.0
-_MUCH_MORE = 1.2
 _MAX_LINKS = 40
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -61,7 +54,6 @@ def protect() -> tuple[Note, ...]:
 
     quiet_grpc()
     libc = ctypes.CDLL(None)
-    libc.mallopt(_M_ARENA_MAX, _ARENAS)
     libc.prctl.argtypes = [ctypes.c_int, *4 * [ctypes.c_ulong]]
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -75,24 +67,6 @@ def protect() -> tuple[Note, ...]:
         text = "the kernel does not let the agent close its memory to others (PR_SET_DUMPABLE): allow it prctl(2)"
         raise TokenwardError(Reason.INTERNAL, text)
     return () if _lock_memory(libc.mlockall) else (_unlocked(),)
-
-
-async def give_back_memory() -> NoReturn:
-    """Gives the system what a flood of requests left in the C library's heaps. Runs until cancelled."""
-    import ctypes  # noqa: PLC0415 -- as in `protect`
-
-    libc = ctypes.CDLL(None)
-    least = _resident_pages()
-    while True:
-        await asyncio.sleep(_LOOK_EVERY_S)
-        if _resident_pages() > least * _MUCH_MORE:
-            await asyncio.to_thread(libc.malloc_trim, 0)
-        least = min(least, _resident_pages())
-
-
-def _resident_pages() -> int:
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1])
 
 
 def quiet_grpc() -> None:
