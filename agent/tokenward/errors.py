@@ -10,6 +10,7 @@ The tree, by what the reader can do about it:
       NotFoundError          the vault holds no such secret: fix the vault or the grant
       VaultDeniedError       the vault said no to the workload or to the agent: fix the vault's setup
       UnavailableError       not now: retry, after `retry_after_s` where it is given
+        RateLimitedError     you take more than your share
         AttestationError     we could not tell who is calling
         VaultUnavailableError   the vault did not answer, or not usefully
         VaultBadReplyError   the vault answered something that was not asked for
@@ -123,6 +124,13 @@ class UnavailableError(TokenwardError):
     """Not now. Nothing is wrong with the call; the same one may succeed later."""
 
     retryable = True
+
+
+class RateLimitedError(UnavailableError):
+    """The caller takes more than its share; after `retry_after_s` it may go on."""
+
+    def __init__(self, public: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(Reason.RATE_LIMITED, public, retry_after_s=retry_after_s)
 
 
 class AttestationError(UnavailableError):

@@ -28,7 +28,7 @@ from tokenward.attest.procfs import Executable
 from tokenward.core.identity import Selector
 from tokenward.core.model import Attestation, Workload
 from tokenward.core.policy import Ambiguous, CouldNotTell, Matched, Unmatched, decide
-from tokenward.errors import AttestationError, DeniedError, Reason, TokenwardError, UnavailableError
+from tokenward.errors import AttestationError, DeniedError, RateLimitedError, Reason, TokenwardError
 
 _TRIES = 3
 _MAX_SHOWN = 20
@@ -66,7 +66,7 @@ class Turns:
 
     @asynccontextmanager
     async def turn(self, uid: int) -> AsyncIterator[None]:
-        """One attestation of `uid`. Raises UnavailableError (RATE_LIMITED) when its turn does not come in time."""
+        """One attestation of `uid`. Raises RateLimitedError when its turn does not come in time."""
         await self._begin(uid)
         try:
             yield
@@ -84,9 +84,8 @@ class Turns:
                 await called
         except TimeoutError:
             self._withdraw(uid, called)
-            raise UnavailableError(
-                Reason.RATE_LIMITED, "too many processes are being attested; come back after the delay", retry_after_s=1
-            ) from None
+            text = "too many processes are being attested; come back after the delay"
+            raise RateLimitedError(text, retry_after_s=1) from None
         except BaseException:
             self._withdraw(uid, called)
             raise
@@ -148,7 +147,7 @@ class Caller:
         Raises:
             DeniedError: NO_MATCHING_WORKLOAD, AMBIGUOUS_WORKLOAD, IDENTITY_CHANGED or PEER_GONE.
             AttestationError: something that a workload needs could not be read.
-            UnavailableError: RATE_LIMITED, others are being attested.
+            RateLimitedError: others are being attested.
         """
         for _ in range(_TRIES):
             if (attested := self._still_proved(now_mono)) is not None:

@@ -40,6 +40,7 @@ _BY_REASON: dict[Reason, type[TokenwardError]] = {
     Reason.VALIDATION_FAILED: errors.ValidationError,
     Reason.SECRET_NOT_FOUND: errors.NotFoundError,
     Reason.REVOKED: errors.RevokedError,
+    Reason.RATE_LIMITED: errors.RateLimitedError,
     Reason.AUDIT_UNAVAILABLE: errors.AuditError,
 }
 # What a code means where the reason says nothing, because it is missing, new, or of another kind than the code.

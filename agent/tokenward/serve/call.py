@@ -91,7 +91,7 @@ class Call:
         return grant
 
     def charge(self, attested: Attested, *grants: AnyGrant) -> None:
-        """The caller asks for all of `grants` now. Raises UnavailableError (RATE_LIMITED) by their policies' rates."""
+        """The caller asks for all of `grants` now. Raises RateLimitedError by their policies' rates."""
         if any(grant.policy.rate is not None for grant in grants):
             self._turnstile.charge(attested.workload.name, grants, self._clock.now().mono)
 

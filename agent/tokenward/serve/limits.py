@@ -26,7 +26,7 @@ from tokenward.clock import Clock
 from tokenward.config.sections import Limits
 from tokenward.core.model import AnyGrant
 from tokenward.core.rates import Rates
-from tokenward.errors import Reason, TokenwardError, UnavailableError
+from tokenward.errors import RateLimitedError, TokenwardError
 from tokenward.serve.front_door import DoorLimits, FrontDoor
 from tokenward.serve.status import abort
 
@@ -181,7 +181,7 @@ class Turnstile:
         self.streams = 0
 
     def enter(self, uid: int, now_mono: float, *, stream: bool = False) -> None:
-        """One request of `uid` begins, or one stream. Raises UnavailableError (RATE_LIMITED): then it does not."""
+        """One request of `uid` begins, or one stream. Raises RateLimitedError: then it does not."""
         wait_s = self._uids.take(uid, now_mono, rate=self.rate, burst=max(1.0, _BURST_S * self.rate))
         if wait_s:
             raise _limited(f"uid {uid} makes more than {self.rate:g} requests a second", wait_s)
@@ -211,7 +211,7 @@ class Turnstile:
     def charge(self, workload: str, grants: Iterable[AnyGrant], now_mono: float) -> None:
         """`workload` asks for all of `grants`, each of which may have a rate of its own.
 
-        Raises UnavailableError (RATE_LIMITED) when it is too soon for one of them: then none is charged.
+        Raises RateLimitedError when it is too soon for one of them: then none is charged.
         """
         paced = [(grant.name, rate) for grant in grants if (rate := grant.policy.rate) is not None]
         for name, rate in paced:
@@ -253,10 +253,9 @@ class Turnstile:
         return f"{count} more were refused by rate since the last record of it" if count else ""
 
 
-def _limited(what: str, wait_s: float) -> TokenwardError:
-    return UnavailableError(
-        Reason.RATE_LIMITED, f"{what}; come back after the delay, or raise the limit", retry_after_s=max(0.001, wait_s)
-    )
+def _limited(what: str, wait_s: float) -> RateLimitedError:
+    text = f"{what}; come back after the delay, or raise the limit"
+    return RateLimitedError(text, retry_after_s=max(0.001, wait_s))
 
 
 def _per(rate: float) -> str:

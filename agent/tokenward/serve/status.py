@@ -20,6 +20,7 @@ _CODES: dict[type[errors.TokenwardError], grpc.StatusCode] = {
     errors.RevokedError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
     errors.VaultDeniedError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.RateLimitedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
     errors.TokenwardError: grpc.StatusCode.INTERNAL,
 }
@@ -27,8 +28,6 @@ _CODES: dict[type[errors.TokenwardError], grpc.StatusCode] = {
 
 def code_of(error: errors.TokenwardError) -> grpc.StatusCode:
     """The canonical code for `error`."""
-    if error.reason is errors.Reason.RATE_LIMITED:
-        return grpc.StatusCode.RESOURCE_EXHAUSTED
     return next(_CODES[cls] for cls in type(error).__mro__ if cls in _CODES)
 
 

@@ -22,9 +22,10 @@ SAMPLES: list[TokenwardError] = [
     errors.NotFoundError(Reason.SECRET_NOT_FOUND, "write it first"),
     errors.VaultDeniedError(Reason.VAULT_DENIED, "run vault-setup"),
     errors.VaultDeniedError(Reason.LOGIN_FAILED, "check the role"),
-    errors.UnavailableError(Reason.RATE_LIMITED, "slower", retry_after_s=1.5),
+    errors.RateLimitedError("slower", retry_after_s=1.5),
     errors.AttestationError(Reason.ATTESTATION_INCOMPLETE, "share the pid namespace"),
     errors.VaultUnavailableError(Reason.VAULT_SEALED, "unseal it"),
+    errors.ValidationError("look at the far end", retry_after_s=2),
     errors.VaultBadReplyError("see the log"),
     errors.AuditError("free some disk"),
 ]
