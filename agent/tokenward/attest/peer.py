@@ -65,6 +65,12 @@ class Peer:
             object.__setattr__(self, "pidfd", -1)  # frozen for everyone else: a closed number may be reused
 
 
+def credentials_of(sock: socket.socket) -> tuple[int, int, int]:
+    """Pid, uid and gid of whoever connected `sock` (SO_PEERCRED, unix(7)). Raises OSError."""
+    pid, uid, gid = struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid, gid
+
+
 def gone() -> DeniedError:
     """The answer to a connection whose process ended."""
     return DeniedError(Reason.PEER_GONE, "the process that opened this connection has ended; connect again")
@@ -78,7 +84,7 @@ def peer_of(sock: socket.socket, *, ask_peerpidfd: bool = True) -> Peer:
         AttestationError: the kernel did not tell.
     """
     try:
-        pid, uid, gid = struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        pid, uid, gid = credentials_of(sock)
         if uid in _UNMAPPED or gid in _UNMAPPED:
             raise DeniedError(
                 Reason.UNKNOWN_PEER,

@@ -17,13 +17,12 @@ import errno
 import logging
 import math
 import socket
-import struct
 from dataclasses import dataclass
 from typing import NoReturn, Self
 
 from tokenward.attest.attestor import Attestor
 from tokenward.attest.caller import Caller, Turns
-from tokenward.attest.peer import peer_of
+from tokenward.attest.peer import credentials_of, peer_of
 from tokenward.core.rates import Rates
 from tokenward.errors import DeniedError, Reason, TokenwardError
 from tokenward.serve.connection import Connection, Intake, Roster, Surroundings
@@ -174,7 +173,7 @@ class FrontDoor:
         """Whether this uid connects too often: asked before anything that costs more than to ask it."""
         rate, burst = self._limits.accept_rate, self._limits.max_connections_per_uid
         try:
-            _, uid, _ = struct.unpack("=iII", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            _, uid, _ = credentials_of(client)
         except OSError:
             return True  # nobody can be told, and nobody is let in
         if not self._accepted.take(uid, asyncio.get_running_loop().time(), rate=rate, burst=burst):
