@@ -7,13 +7,9 @@ Owns the wiring, the sockets and the files that are opened for it. Leaves to `da
 from __future__ import annotations
 
 import functools
-import grp
-import os
-import pwd
 import socket
-import stat
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +22,7 @@ from tokenward.attest.platform import Platform, platform_of, unknown
 from tokenward.auditlog import AuditLog
 from tokenward.broker import Broker
 from tokenward.clock import Clock, SystemClock
-from tokenward.config import CertLogin, Config, JwtLogin, KubernetesLogin, Listen, Vault
+from tokenward.config import CertLogin, Config, JwtLogin, KubernetesLogin, Vault
 from tokenward.core.blocks import Blocks
 from tokenward.core.model import PlatformJwt
 from tokenward.core.store import Store
@@ -39,7 +35,7 @@ from tokenward.revoker import Revoker
 from tokenward.serve import limits
 from tokenward.serve.credentials import CredentialService, IdentityService
 from tokenward.serve.front_door import DoorLimits, FrontDoor
-from tokenward.serve.listener import Listener, bind, from_systemd
+from tokenward.serve.sockets import Sockets, hide, open_sockets
 from tokenward.statefile import StateFile
 from tokenward.v1 import credentials_pb2, credentials_pb2_grpc
 from tokenward.validation import Validator
@@ -107,7 +103,7 @@ async def build(
     closing.callback(audit.close)
     state = StateFile(config.state.file)
     blocks_before, left_over = state.load()
-    sockets = _open_sockets(config.listen, closing)  # before there are threads: it sets the umask
+    sockets = open_sockets(config.listen, closing)  # before there are threads: it sets the umask
 
     client, session, exchange = _vault(config, signer, closing)
     validator = Validator()
@@ -151,15 +147,7 @@ async def build(
     closing.callback(presence.close)
 
     attestor = _attestor(config)
-    room = limits.Room.of(config.limits, places=limits.places_here())
-    door = FrontDoor(
-        listener=sockets.workload,
-        inner_path=sockets.inner,
-        attestor=attestor,
-        limits=limits.door_limits(config.limits, room),
-    )
-    closing.callback(door.close)
-    turnstile = limits.Turnstile(room=room, rate=config.limits.request_rate)
+    door, turnstile = _door(config, sockets, attestor, closing)
     credentials = CredentialService(
         door=door,
         broker=broker,
@@ -173,7 +161,7 @@ async def build(
     server = grpc.aio.server(options=limits.server_options(config.limits))
     guarded = limits.Guarded(server, door=door, turnstile=turnstile, clock=clock)
     health_service = await _serve(server, guarded, (credentials, identity), sockets.inner, closing)
-    door.inner_path = _hidden(sockets.inner, closing)
+    door.inner_path = hide(sockets.inner, closing)
     agent = Agent(
         config=config,
         audit=audit,
@@ -224,6 +212,21 @@ def _attestor(config: Config) -> Attestor:
     )
 
 
+def _door(
+    config: Config, sockets: Sockets, attestor: Attestor, closing: AsyncExitStack
+) -> tuple[FrontDoor, limits.Turnstile]:
+    """The callers' door, and what their requests pass behind it."""
+    room = limits.Room.of(config.limits, places=limits.places_here())
+    door = FrontDoor(
+        listener=sockets.workload,
+        inner_path=sockets.inner,
+        attestor=attestor,
+        limits=limits.door_limits(config.limits, room),
+    )
+    closing.callback(door.close)
+    return door, limits.Turnstile(room=room, rate=config.limits.request_rate)
+
+
 async def _serve(
     server: grpc.aio.Server,
     guarded: limits.Guarded,
@@ -271,76 +274,8 @@ async def _admin(
     server.add_insecure_port(f"unix:{inner}")
     await server.start()
     closing.push_async_callback(server.stop, None)
-    door.inner_path = _hidden(inner, closing)
+    door.inner_path = hide(inner, closing)
     return Admin(door=door, server=server)
-
-
-# -- sockets ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sockets:
-    """What is listened on, and where grpcio listens behind it. `admin` is None where there is to be none."""
-
-    workload: socket.socket
-    admin: socket.socket | None
-    inner: str
-    inner_admin: str
-
-
-def _open_sockets(listen: Listen, closing: AsyncExitStack) -> _Sockets:
-    """The sockets that systemd passes in, else ones of our own. Raises TokenwardError, for an unknown user too."""
-    owner, group = listen.workload_socket_owner, listen.workload_socket_group
-    workload = from_systemd("workload") or _bind(
-        listen.workload_socket, mode=listen.workload_socket_mode, owner=owner, group=group
-    )
-    closing.callback(workload.close)
-    admin = from_systemd("admin")
-    if admin is None and listen.admin_socket:
-        admin = _bind(listen.admin_socket, mode=listen.admin_socket_mode, group=listen.admin_socket_group)
-    if admin is not None:
-        closing.callback(admin.close)
-    directory = _inner_directory(listen.runtime_dir, closing)
-    return _Sockets(
-        workload=workload.socket,
-        admin=admin.socket if admin is not None else None,
-        inner=_inner_socket(directory, "grpc.sock", closing),
-        inner_admin=_inner_socket(directory, "admin.sock", closing),
-    )
-
-
-def _bind(path: str, *, mode: int, owner: str = "", group: str = "") -> Listener:
-    try:
-        uid = pwd.getpwnam(owner).pw_uid if owner else None
-        gid = grp.getgrnam(group).gr_gid if group else None
-    except KeyError as error:
-        raise TokenwardError(Reason.INVALID_CONFIG, f"listen: there is no such user or group: {error}") from error
-    return bind(path, mode=mode, owner=uid, group=gid)
-
-
-def _inner_directory(directory: str, closing: AsyncExitStack) -> str:
-    """The directory of grpcio's own sockets, that only the agent can enter."""
-    with suppress(FileExistsError):
-        os.mkdir(directory, 0o700)
-    found = os.lstat(directory)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        expected = f"{directory} must be a directory of the agent's own user with mode 0700; remove it"
-        raise ConfigError((Problem(directory, 1, "listen.runtime_dir", expected),))
-    closing.callback(os.rmdir, directory)
-    return directory
-
-
-def _inner_socket(directory: str, name: str, closing: AsyncExitStack) -> str:
-    """The path of one of grpcio's own sockets."""
-    path = os.path.join(directory, name)
-
-    def remove() -> None:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-
-    remove()  # left by an agent that was killed; a live one was found when the public socket was bound
-    closing.callback(remove)
-    return path
 
 
 # -- from the configuration -------------------------------------------------------------------------------------------
@@ -385,18 +320,6 @@ def platform(config: Config) -> Platform:
         return platform_of(read_token(files[0]).reveal())
     except TokenwardError as error:
         return unknown(error.public)
-
-
-def _hidden(path: str, closing: AsyncExitStack) -> str:
-    """The socket at `path` by another way, that leads there from this process alone; the name is taken away.
-
-    Whoever else could enter the directory (root, our own user) would otherwise be taken for the caller whose abstract
-    name it observed and bound in a network namespace of its own.
-    """
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
-    closing.callback(os.close, fd)
-    os.unlink(path)
-    return f"/proc/self/fd/{fd}"
 
 
 def verify_validations(config: Config) -> None:
