@@ -21,7 +21,7 @@ import urllib3
 from tokenward.core.model import HttpValidation
 from tokenward.core.secret import Secret
 from tokenward.errors import ValidationError
-from tokenward.vault.connections import ReplyTooLongError, Server, TlsFiles
+from tokenward.vault.connections import ReplyTooLongError, Server, TlsFiles, causes
 from tokenward.vault.reply import seconds_of
 
 _MAX_REPLY_BYTES = 64 * 1024
@@ -101,7 +101,7 @@ def _ask(wanted: HttpValidation, header_value: str) -> _Answer | str:
     except ReplyTooLongError as error:
         return f"answered with more than {error.max_bytes} bytes of headers"
     except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
-        return _why(_innermost(error))
+        return _why(next(causes(error)))
     finally:
         server.close()
 
@@ -121,12 +121,3 @@ def _why(cause: BaseException) -> str:
         case OSError(errno=int() as code):
             return f"cannot be reached ({os.strerror(code)})"
     return "broke off, or answered something that is not HTTP"
-
-
-def _innermost(error: BaseException) -> BaseException:
-    """What stands behind `error`: urllib3 wraps by cause and by argument."""
-    inner: tuple[object, ...] = (error.__cause__, *error.args)
-    for one in inner:
-        if isinstance(one, BaseException) and one is not error:
-            return _innermost(one)
-    return error

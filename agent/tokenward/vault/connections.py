@@ -16,6 +16,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -183,3 +184,13 @@ class _TlsPool(urllib3.HTTPSConnectionPool):
 
 class _UnixPool(urllib3.HTTPConnectionPool):
     ConnectionCls = _UnixConnection
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Every error in and behind `error`, the innermost first: urllib3 wraps in two ways."""
+    inner: list[object] = [error.__cause__, error.__context__, *error.args]
+    for cause in inner:
+        if isinstance(cause, BaseException) and cause is not error:
+            yield from causes(cause)
+            break
+    yield error

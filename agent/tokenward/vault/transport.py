@@ -15,13 +15,13 @@ import os
 import re
 import socket
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import quote, urlencode
 
 import urllib3
 
-from tokenward.vault.connections import ReplyTooLongError, Server, TlsFiles
+from tokenward.vault.connections import ReplyTooLongError, Server, TlsFiles, causes
 
 _CHUNK_BYTES = 64 * 1024
 _HEADERS = {
@@ -133,20 +133,20 @@ def _read(response: urllib3.BaseHTTPResponse) -> Answer | Unusable:
 
 def _unusable(error: BaseException, *, began: bool) -> Unusable:
     """Our own words for what went wrong, after the answer `began` or not: a library's text may quote the reply."""
-    causes = list(_causes(error))
+    found = list(causes(error))
     before_sending = (
         urllib3.exceptions.NewConnectionError,
         urllib3.exceptions.ConnectTimeoutError,
         ssl.SSLCertVerificationError,
         urllib3.exceptions.LocationValueError,
     )
-    sent = not any(isinstance(cause, before_sending) for cause in causes)
-    broken = sent and not began and any(isinstance(cause, ConnectionError) for cause in causes)
-    return Unusable(_why(causes), sent=sent, broken=broken)
+    sent = not any(isinstance(cause, before_sending) for cause in found)
+    broken = sent and not began and any(isinstance(cause, ConnectionError) for cause in found)
+    return Unusable(_why(found), sent=sent, broken=broken)
 
 
-def _why(causes: list[BaseException]) -> str:
-    for cause in causes:
+def _why(found: list[BaseException]) -> str:
+    for cause in found:
         match cause:
             case ssl.SSLCertVerificationError():
                 said = cause.verify_message.rstrip(".")
@@ -165,13 +165,3 @@ def _why(causes: list[BaseException]) -> str:
             case OSError(errno=int() as code):
                 return f"cannot be reached ({os.strerror(code)})"
     return "broke off, or answered something that is not HTTP"
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Every error in and behind `error`, the innermost first: urllib3 wraps in two ways."""
-    inner: list[object] = [error.__cause__, error.__context__, *error.args]
-    for cause in inner:
-        if isinstance(cause, BaseException) and cause is not error:
-            yield from _causes(cause)
-            break
-    yield error
