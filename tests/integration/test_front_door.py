@@ -17,18 +17,18 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import grpc
 import pytest
 import uvloop
 
+from tests.threads import InThread
 from tokenward.attest.attestor import Attestor
 from tokenward.errors import DeniedError, Reason
 from tokenward.serve.first_bytes import PREFACE
@@ -107,49 +107,24 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in t
             self.ended.set()
 
 
-class House:
+class House(InThread):
     """A front door and what stands behind it: grpcio's server, or a bare listening socket for the test to play it."""
 
     def __init__(self, loop_name: str, *, limits: DoorLimits | None = None, bare: bool = False) -> None:
+        super().__init__(LOOPS[loop_name])
         self._limits = limits or DoorLimits.within(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self._bare = bare
-        self._ready = threading.Event()
-        self._failed: BaseException | None = None
-        self._loop_name = loop_name
-        self._thread = threading.Thread(target=self._run)
         self.service = Service()
 
-    def __enter__(self) -> Self:
-        self._directory = tempfile.TemporaryDirectory(prefix="door-")
-        os.chmod(self._directory.name, 0o755)  # other users' processes connect too
-        self.public = f"{self._directory.name}/public.sock"
-        self.inner = f"{self._directory.name}/inner.sock"
-        self._thread.start()
-        assert self._ready.wait(20)
-        if self._failed is not None:
-            raise self._failed
-        return self
+    @property
+    def public(self) -> str:
+        return f"{self.directory}/public.sock"
 
-    def __exit__(self, *_: object) -> None:
-        if self._failed is None:
-            self.loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(20)
-        self._directory.cleanup()
-        if self._failed is not None:
-            raise self._failed
+    @property
+    def inner(self) -> str:
+        return f"{self.directory}/inner.sock"
 
-    def _run(self) -> None:
-        try:
-            with asyncio.Runner(loop_factory=LOOPS[self._loop_name]) as runner:
-                runner.run(self._main())
-        except BaseException as error:  # noqa: BLE001 -- the thread hands it to the test
-            self._failed = error
-        finally:
-            self._ready.set()
-
-    async def _main(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._stop = asyncio.Event()
+    async def main(self) -> None:
         broken: list[dict[str, Any]] = []
         self.loop.set_exception_handler(lambda _, context: broken.append(context))
         server = grpc.aio.server(options=OPTIONS)
@@ -168,8 +143,7 @@ class House:
         self.service.door = self.door
         serving = asyncio.create_task(self.door.serve())
         await asyncio.sleep(0)
-        self._ready.set()
-        await self._stop.wait()
+        await self.serve()
         serving.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await serving
@@ -179,10 +153,6 @@ class House:
         if self._bare:
             self.bare.close()
         assert not broken, broken
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, run in the agent's loop."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(20)
 
     def channel(self, path: str | None = None) -> Any:  # the stubs know no call without serializers
         return grpc.insecure_channel(f"unix:{path or self.public}", options=OPTIONS)

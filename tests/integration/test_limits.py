@@ -13,14 +13,13 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import grpc
 import pytest
@@ -30,6 +29,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from tests.fakes.agent import wait_for
 from tests.fakes.issuers import FakeIssuers
 from tests.making import kv_grant, workload
+from tests.threads import InThread
 from tokenward.attest.attestor import Attestor
 from tokenward.auditlog import AuditLog
 from tokenward.broker import Broker
@@ -57,48 +57,21 @@ OTHER_UID = 4242
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="a process of another user can only be started by root")
 
 
-class House:
+class House(InThread):
     """An agent in a thread of this process, for us and for uid 4242: each has the credentials `api`, `cold`, `paced`.
 
     `paced` may be asked for at the rate `NEVER`.
     """
 
     def __init__(self, limits: Limits) -> None:
+        super().__init__(uvloop.new_event_loop)
         self.limits = limits
-        self._ready = threading.Event()
-        self._failed: BaseException | None = None
-        self._thread = threading.Thread(target=self._run)
 
-    def __enter__(self) -> Self:
-        self._directory = tempfile.TemporaryDirectory(prefix="limits-")
-        os.chmod(self._directory.name, 0o755)  # other users' processes connect too
-        self.path = f"{self._directory.name}/workload.sock"
-        self._thread.start()
-        assert self._ready.wait(20)
-        if self._failed is not None:
-            raise self._failed
-        return self
+    @property
+    def path(self) -> str:
+        return f"{self.directory}/workload.sock"
 
-    def __exit__(self, *_: object) -> None:
-        if self._failed is None:
-            self.loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(20)
-        self._directory.cleanup()
-        if self._failed is not None:
-            raise self._failed
-
-    def _run(self) -> None:
-        try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(self._main())
-        except BaseException as error:  # noqa: BLE001 -- the thread hands it to the test
-            self._failed = error
-        finally:
-            self._ready.set()
-
-    async def _main(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._stop = asyncio.Event()
+    async def main(self) -> None:
         clock, self.issuers, watchers, store = (
             SystemClock(),
             FakeIssuers(lifetime_s=3600),
@@ -111,7 +84,7 @@ class House:
             "app": workload("app", f"unix:uid:{os.geteuid()}", grants=grants),
             "other": workload("other", f"unix:uid:{OTHER_UID}", grants=grants),
         }
-        audit = AuditLog(path=f"{self._directory.name}/audit.jsonl", clock=clock)
+        audit = AuditLog(path=f"{self.directory}/audit.jsonl", clock=clock)
         audit.open()
         revoker = Revoker(revoke=self.issuers.revoke, audit=audit, clock=clock)
         broker = Broker(
@@ -125,7 +98,7 @@ class House:
         )
         presence = Presence(linger_s=3600, on_gone=broker.let_go)
         room = Room.of(self.limits, places=100)
-        inner, listener = f"{self._directory.name}/inner.sock", bind(self.path)
+        inner, listener = f"{self.directory}/inner.sock", bind(self.path)
         self.door = FrontDoor(
             listener=listener.socket,
             inner_path=inner,
@@ -151,8 +124,7 @@ class House:
         server.add_insecure_port(f"unix:{inner}")
         await server.start()
         serving = asyncio.create_task(self.door.serve())
-        self._ready.set()
-        await self._stop.wait()
+        await self.serve()
         serving.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await serving
@@ -162,10 +134,6 @@ class House:
         listener.close()
         audit.close()
         assert (self.turnstile.requests, self.turnstile.streams) == (0, 0), "whoever came in has left"
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, run in the agent's loop."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(20)
 
     def channel(self) -> grpc.Channel:
         return grpc.insecure_channel(f"unix:{self.path}", options=[("grpc.use_local_subchannel_pool", 1)])
@@ -178,7 +146,7 @@ class House:
         return sock
 
     def records(self) -> list[dict[str, Any]]:
-        lines = Path(f"{self._directory.name}/audit.jsonl").read_text().splitlines()
+        lines = Path(f"{self.directory}/audit.jsonl").read_text().splitlines()
         return [json.loads(line)["record"] for line in lines]
 
 
