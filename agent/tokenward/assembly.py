@@ -258,7 +258,7 @@ async def _admin(
 ) -> Admin:
     """The operators' door and server: apart from the callers', so that neither reaches the other's services."""
     from tokenward.serve.admin import AdminService  # noqa: PLC0415 -- an agent without one need not know it
-    from tokenward.v1 import admin_pb2_grpc  # noqa: PLC0415
+    from tokenward.v1 import admin_pb2_grpc  # noqa: PLC0415 -- as above
 
     operators = DoorLimits(max_connections=_OPERATORS, max_connections_per_uid=_OPERATORS)
     door = FrontDoor(listener=listening, inner_path=inner, attestor=agent.attestor, limits=operators)
